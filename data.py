@@ -1,0 +1,545 @@
+"""Images for both stages, and the few things that every script needs to run.
+
+    python data.py                                    # what `shapes` looks like: out/shapes/data.png
+    python data.py --data cifar10                     # downloaded once, to data/cifar10
+    python data.py --data path/to/folder --size 128
+
+A dataset is `shapes` (drawn below, no files), `cifar10`, `imagenet`, or any folder that holds
+DIR/train/<class>/* and perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8
+[3, size, size]; a label is the index of its class among the sorted class names. The second half of
+the file is what the scripts share to run: flags, processes, checkpoints, logs.
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageOps
+
+# -------------------------------------------------------------------------------------------------
+DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
+DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
+SIZE = 0                    # pixels a side; 0: shapes 32, cifar10 64, all else 256
+OUT = ""                    # folder for the picture; empty: out/<data>
+# -------------------------------------------------------------------------------------------------
+SIZES = {"shapes": 32, "cifar10": 64}
+SHAPES_COUNT = {"train": 20_000, "val": 2_000}
+RESIDENT_BYTES = 4e9        # a set up to this size is decoded once and lives on the device
+WORKERS = 8                 # decoding processes for a larger one, each 4 batches ahead
+HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
+IMAGE_TYPES = set(Image.registered_extensions())
+
+
+# ---- shapes: ten classes drawn from distance functions ------------------------------------------
+
+def box(x, y, w, h):
+    return torch.maximum(x.abs() - w, y.abs() - h)
+
+
+def polygon(x, y, sides, inradius):
+    """Signed distances [sides, ...] to the edge lines of a regular polygon; the first normal is +y."""
+    angles = [torch.pi * (0.5 + 2 * k / sides) for k in range(sides)]
+    return torch.stack([x * np.cos(a) + y * np.sin(a) - inradius for a in angles])
+
+
+# Distance to the outline, in units of the shape's radius, negative inside; x points right, y down.
+SHAPES = {
+    "circle": lambda x, y: torch.hypot(x, y) - 0.9,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x + 0.15, y) - 0.95, 0.8 - torch.hypot(x - 0.35, y)),
+    "cross": lambda x, y: torch.minimum(box(x, y, 0.95, 0.32), box(x, y, 0.32, 0.95)),
+    "frame": lambda x, y: box(x, y, 0.67, 0.67).abs() - 0.17,
+    "half-disc": lambda x, y: torch.maximum(torch.hypot(x, y - 0.45) - 1, y - 0.45),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.73).abs() - 0.2,
+    "square": lambda x, y: box(x, y, 0.8, 0.8),
+    "star": lambda x, y: polygon(x, -y, 5, 0.36).topk(2, 0).values[1],     # outside one edge at most
+    "stripes": lambda x, y: torch.maximum(box(x, y, 0.9, 0.9), (torch.remainder(y + 0.3, 0.6) - 0.3).abs() - 0.17),
+    "triangle": lambda x, y: polygon(x, y - 0.2, 3, 0.53).amax(0),
+}
+
+
+def draw_shapes(split, rows, size=32):
+    """Draw the given rows of a split -> uint8 [n, 3, size, size]; row i has class i % 10.
+
+    Place, size, angle and both colours are random but a function of (split, row) alone. One distance
+    function serves each class; the edge is antialiased over one pixel.
+    """
+    u = np.stack([np.random.default_rng((split == "val", i)).random(8) for i in rows]).astype(np.float32)
+    u, labels = torch.from_numpy(u), torch.tensor(rows) % len(SHAPES)
+    line = (torch.arange(size) + 0.5) * (2 / size) - 1
+    radius = 0.5 + 0.25 * u[:, 0, None, None]
+    angle = (u[:, 1, None, None] - 0.5) * (torch.pi / 6)
+    x = line[None, None, :] - (u[:, 2, None, None] - 0.5) * 0.5
+    y = line[None, :, None] - (u[:, 3, None, None] - 0.5) * 0.5
+    x, y = (x * angle.cos() + y * angle.sin()) / radius, (y * angle.cos() - x * angle.sin()) / radius
+    cover = torch.empty(len(u), 1, size, size)
+    for k, distance in enumerate(SHAPES.values()):
+        of_k = labels == k
+        cover[of_k, 0] = (0.5 - distance(x[of_k], y[of_k]) * radius[of_k] * (size / 2)).clamp(0, 1)
+    hue = (u[:, 4, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
+    ink = (0.8 * ((hue - 3).abs() - 1).clamp(0, 1))[:, :, None, None]           # vivid
+    paper = (1 - 0.3 * u[:, 5:8])[:, :, None, None]                             # pale
+    return ((paper + cover * (ink - paper)) * 255).round().to(torch.uint8)
+
+
+# ---- image files --------------------------------------------------------------------------------
+
+def open_image(file):
+    """Any image that Pillow reads -> 8-bit RGB, upright; transparency goes on white."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode[0] in "IF":                   # 16-bit and float greyscale: convert() would clip them
+        grey = np.asarray(image, np.float32)
+        scale = 1 / 257 if grey.max() > 255 else 255 if grey.max() <= 1 and image.mode == "F" else 1
+        image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """Resize the shorter side to `size` and crop the centre -> uint8 [size, size, 3].
+
+    As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by area while twice
+    too large, then bicubic; a single bicubic step would alias.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+class Images:
+    """One split: N images as uint8 [3, size, size] with a class index each.
+
+    `pixels` [N, 3, size, size] where the split is resident, else None and `files` holds the paths.
+    """
+
+    def __init__(self, classes, labels, size, pixels=None, files=None, flip=True):
+        self.classes, self.size, self.flip = classes, size, flip        # flip: mirroring keeps the class
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        # fixed-width bytes, not a list: a million Python strings would be copied into every worker
+        self.files = None if files is None else np.array([os.fsencode(f) for f in files])
+        self.pixels, self.bad = pixels, {}
+        if files is not None and len(files) * 3 * size * size <= RESIDENT_BYTES:
+            with ThreadPoolExecutor() as pool:
+                self.pixels = torch.stack(list(pool.map(self.read, range(len(files)))))
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def resident(self):
+        return self.pixels is not None
+
+    def to(self, device):
+        self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+
+    def read(self, row):
+        """Decode one file; an unreadable one is named once and the next readable one stands in."""
+        while True:
+            file = os.fsdecode(self.files[row])
+            try:
+                return torch.from_numpy(center_crop(open_image(file), self.size).transpose(2, 0, 1).copy())
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                if row not in self.bad:
+                    print(f"unreadable image {file}: {error}; the next one takes its place", file=sys.stderr)
+                self.bad[row] = file
+            if len(self.bad) > len(self) / 100:
+                raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, "
+                                 f"{file} among them; repair or remove them")
+            row = (row + 1) % len(self)
+
+    def __getitems__(self, rows):
+        """Rows (a list or int64 [m]) -> uint8 [m, 3, size, size], int64 [m]."""
+        if self.resident:
+            return self.pixels[rows], self.labels[rows]
+        return torch.stack([self.read(row) for row in rows.tolist()]), self.labels[rows]
+
+
+def list_folder(folder, classes=None):
+    """<folder>/<class>/* -> class names, paths, labels, in sorted order; files of other types are left out."""
+    names = classes or sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    files, labels = [], []
+    for k, name in enumerate(names):
+        inside = sorted(e.name for e in os.scandir(os.path.join(folder, name))
+                        if os.path.splitext(e.name)[1].lower() in IMAGE_TYPES and e.name[0] != "."
+                        ) if os.path.isdir(os.path.join(folder, name)) else []
+        files += [os.path.join(folder, name, f) for f in inside]
+        labels += [k] * len(inside)
+    return names, files, labels
+
+
+def load(data, data_dir="", size=0):
+    """A dataset by name or folder -> (train, val), two `Images`. Stops with one line if it is not there."""
+    size = size or SIZES.get(data, 256)
+    if data == "shapes" and not data_dir:
+        return [Images(list(SHAPES), torch.arange(n) % len(SHAPES), size, draw_shapes(split, range(n), size), flip=False)
+                for split, n in SHAPES_COUNT.items()]
+    named = data in ("cifar10", "imagenet", "shapes")
+    folder = data_dir or (os.path.join("data", data) if named else data)
+    if data == "cifar10" and not os.path.isdir(os.path.join(folder, "train")):
+        return load_cifar10(folder, size)
+    if not os.path.isdir(folder):
+        raise SystemExit(f"error: no dataset at {folder}: expected {folder}/train/<class>/<image files>"
+                         + ("" if named else "; the named datasets are shapes, cifar10 and imagenet"))
+    root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
+    classes, files, labels = list_folder(root)
+    if not files or len(set(labels)) < 2:
+        raise SystemExit(f"error: {root} holds {len(files)} images in {len(set(labels))} classes: expected "
+                         f"{root}/<class>/<image files> with two classes or more")
+    if os.path.isdir(os.path.join(folder, "val")):
+        _, val_files, val_labels = list_folder(os.path.join(folder, "val"), classes)
+    else:
+        val_files, val_labels = files[::HOLD_OUT], labels[::HOLD_OUT]
+        kept = np.arange(len(files)) % HOLD_OUT > 0
+        files, labels = list(np.array(files)[kept]), np.array(labels)[kept]
+    if not val_files:
+        raise SystemExit(f"error: {folder}/val holds no image of the classes in {root}: fill it or remove it")
+    return Images(classes, labels, size, files=files), Images(classes, val_labels, size, files=val_files)
+
+
+def load_cifar10(folder, size):
+    """CIFAR-10 by torchvision, downloaded on first use and upscaled to `size`."""
+    try:
+        parts = [torchvision.datasets.CIFAR10(folder, train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"error: no CIFAR-10 at {folder} and downloading failed ({error}): "
+                         f"connect once, or put the images at {folder}/train/<class>/ and {folder}/val/<class>/")
+    with ThreadPoolExecutor() as pool:
+        pixels = [np.stack(list(pool.map(lambda a: center_crop(Image.fromarray(a), size), part.data))) for part in parts]
+    return [Images(part.classes, part.targets, size, torch.from_numpy(p).permute(0, 3, 1, 2).contiguous())
+            for part, p in zip(parts, pixels)]
+
+
+# ---- the order of the batches -------------------------------------------------------------------
+
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def order(n, start, count, seed):
+    """Rows at positions start..start+count of an endless stream of shuffled epochs over n rows.
+
+    A function of its arguments: no state to save, the same for any number of workers and processes.
+    """
+    rows, position, end = [], start, start + count
+    while position < end:
+        epoch, offset = divmod(position, n)
+        rows.append(shuffled(n, seed, epoch)[offset:offset + end - position])
+        position += len(rows[-1])
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def feed(source, schedule, device):
+    """Yield source[rows] on the device for every `rows` that the generator `schedule` yields.
+
+    A resident source is indexed where it lies; any other is read ahead by worker processes.
+    """
+    if source.resident:
+        source.to(device)
+        for rows in schedule:
+            yield source.__getitems__(rows.to(device))
+    else:
+        loader = torch.utils.data.DataLoader(
+            source, batch_sampler=schedule, num_workers=WORKERS, prefetch_factor=4, persistent_workers=True,
+            pin_memory=device.type == "cuda", collate_fn=as_is, worker_init_fn=ignore_ctrl_c)
+        for batch in loader:
+            yield [part.to(device, non_blocking=True) for part in batch]
+
+
+def as_is(batch):
+    return batch
+
+
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the main process saves and ends the workers
+
+
+def to_float(pixels):
+    """uint8 [0, 255] -> float32 [-1, 1]"""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float [-1, 1] -> uint8 [0, 255]; anything beyond is clamped first, or it would wrap around."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def save_grid(path, pixels, columns):
+    """uint8 [n, 3, h, w] -> a PNG with `columns` images a row."""
+    grid = torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255)
+    replace_file(path, lambda f: Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, "png"))
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+def configure(script, argv, presets=None, preset=None):
+    """The fenced constants of a script as flags -> a namespace of settings in lower case.
+
+    A preset's row overrides the block and a flag overrides the preset. The comment at a constant's
+    line is its --help. `preset` maps the given flags to the name of the row (default: by --data).
+    """
+    lines = re.findall(r"^([A-Z_0-9]+) = .*?# (.*)$", re.split(r"^# -+$", pathlib.Path(script["__file__"]).read_text(),
+                                                            flags=re.M)[1], re.M)
+    parser = argparse.ArgumentParser(description=script["__doc__"], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, comment in lines:
+        default = script[name]
+        kind = {"action": argparse.BooleanOptionalAction} if default is None or isinstance(default, bool) else \
+               {"type": int_tuple if isinstance(default, tuple) else type(default), "metavar": "X"}
+        parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{comment} [{default}]".replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    settings = {name.lower(): script[name] for name, _ in lines}
+    if presets:
+        row = given.get("preset") or (preset(given) if preset else given.get("data", settings["data"]))
+        row = row if row in presets or given.get("preset") else "imagenet"
+        if row not in presets:
+            raise SystemExit(f"error: no preset {row}: choose one of {', '.join(presets)}")
+        settings |= {name.lower(): value for name, value in presets[row].items()} | {"preset": row}
+    return SimpleNamespace(**{**settings, **given}, given=set(given))
+
+
+def int_tuple(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+def start_processes(device=""):
+    """Join the group if torchrun started this process -> rank, world size, device."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    torch.set_float32_matmul_precision("high")
+    return rank, world, torch.device(device)
+
+
+def share(cfg, world):
+    """The update's batch, batch_size x accum images, over the processes -> micro-batch, micro-steps.
+
+    The batch stays what was asked for whatever the number of processes, or this stops.
+    """
+    total = cfg.batch_size * cfg.accum
+    steps = -(-cfg.accum // world)
+    if total % (steps * world):
+        near = round(total / (steps * world)) or 1
+        raise SystemExit(f"error: a batch of {total} does not divide over {world} processes x {steps} "
+                         f"micro-steps; the nearest that does is {near * steps * world}")
+    return total // (steps * world), steps
+
+
+def schedule(n, micro, steps, start, stop, rank, world, seed):
+    """Rows of this process's micro-batches, updates start..stop, in the order they are used."""
+    for k in range(start * steps, stop * steps):
+        yield order(n, (k * world + rank) * micro, micro, seed)
+
+
+def grad_sync(module, on):
+    """Around forward and backward: DDP averages gradients only where `on`, at an update's last micro-step."""
+    return contextlib.nullcontext() if on or not hasattr(module, "no_sync") else module.no_sync()
+
+
+def bf16_pays(device):
+    """Whether a matrix product is faster in bfloat16 here: true on GPUs since Ampere, on CPUs since about 2023."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, runs = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            runs.append(time.perf_counter() - start)
+        seconds.append(min(runs))
+    return seconds[1] < 0.7 * seconds[0]
+
+
+class Signals:
+    """Ctrl-C and SIGTERM ask for a save at the next step; a second one ends the process at once."""
+
+    def __init__(self):
+        self.caught = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.caught = number
+
+    def stop(self):
+        """The signal that any process has caught, or 0: all ranks must agree before one leaves the loop."""
+        if dist.is_initialized():
+            caught = torch.tensor(self.caught)
+            dist.all_reduce(caught, dist.ReduceOp.MAX)
+            self.caught = int(caught)
+        return self.caught
+
+
+def guard(main):
+    """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory; halve --batch-size and double --accum ({str(error).split('. ')[1]})")
+    except OSError as error:
+        sys.exit(f"error: {error.strerror or error}: {error.filename or 'writing failed'}; what was saved before is intact")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- checkpoints and logs -----------------------------------------------------------------------
+
+def replace_file(path, write):
+    """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
+    partial = f"{path}.{os.getpid()}.part"
+    try:
+        with open(partial, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:            # torch.save turns an OSError into a RuntimeError
+        raise SystemExit(f"error: cannot write {path}: {error.args[-1]}; what was saved before is intact")
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def load_checkpoint(path, made_by):
+    """torch.load to the CPU, without running code from the file; stops if `made_by` did not write it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"error: no checkpoint at {path}: run {made_by} first, or point to another run with --out")
+    except Exception as error:
+        raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
+    if not isinstance(state, dict) or state.get("made_by") != made_by:
+        raise SystemExit(f"error: {path} is not a checkpoint of {made_by}")
+    return state
+
+
+def newest(name, made_by):
+    """The youngest out/*/<name>."""
+    found = sorted(pathlib.Path("out").glob(f"*/{name}"), key=os.path.getmtime)
+    if not found:
+        raise SystemExit(f"error: no out/*/{name} here: run {made_by} first, or name a run with --out")
+    return str(found[-1])
+
+
+def begin(cfg, name, made_by, say):
+    """Make the run's folder -> the checkpoint to go on from, or None; refuse to start over on top of one.
+
+    With --resume the settings are the checkpoint's, but for the flags given now, which are named.
+    """
+    path = os.path.join(cfg.out, name)
+    os.makedirs(cfg.out, exist_ok=True)
+    if cfg.resume:
+        state = load_checkpoint(path, made_by)
+        for key, old in state["config"].items():
+            if key in cfg.given and getattr(cfg, key) != old:
+                say(f"resume: {key} was {old}, is now {getattr(cfg, key)}")
+            elif key not in ("resume", "overwrite", "out", "device"):
+                setattr(cfg, key, old)
+        say(f"resuming {path} at step {state['step']:,}")
+        return state
+    if os.path.exists(path) and not cfg.overwrite:
+        raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, "
+                         f"or replace it with --overwrite")
+
+
+class Log:
+    """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed."""
+
+    def __init__(self, path, step, total, active):
+        self.path, self.total, self.active, self.values = path, total, active, {}
+        self.last, self.since, self.printed = step, time.perf_counter(), 0.0
+        if not active:
+            return
+        rows = []
+        if step and os.path.exists(path):                   # a resumed run drops what came after its checkpoint
+            with open(path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
+        self.columns = list(rows[0]) if rows else None
+        replace_file(path, lambda f: f.write(b""))
+        for row in rows:
+            self.write(row)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
+        except ImportError:
+            self.board = None
+
+    def write(self, row):
+        new, self.columns = self.columns is None or not os.path.getsize(self.path), self.columns or list(row)
+        with open(self.path, "a", newline="") as f:
+            writer = csv.DictWriter(f, self.columns, restval="", extrasaction="ignore")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Time spent in here does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def row(self, step, batch, show, **values):
+        """Log `values` at `step` after updates of `batch` images; the terminal line shows the `show` ones."""
+        now = time.perf_counter()
+        seconds, self.last, self.since = (now - self.since) / (step - self.last), step, now
+        self.values |= {"step": step, **values, "images/s": batch / seconds}
+        if not self.active:
+            return
+        self.write({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in self.values.items()})
+        if self.board:
+            for key, value in self.values.items():
+                self.board.add_scalar(key, value, step)
+        left = (self.total - step) * seconds
+        line = (f"step {step:,}/{self.total:,}  {left / 60:.1f} min left  {batch / seconds:.0f} images/s  "
+                + "  ".join(f"{key} {self.values[key]:.4g}" for key in show if key in self.values))
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="", flush=True)
+        elif now - self.printed > 10 or step == self.total:
+            print(line, flush=True)
+            self.printed = now
+
+
+def main(argv=None):
+    cfg = configure(globals(), argv)
+    train, val = load(cfg.data, cfg.data_dir, cfg.size)
+    out = cfg.out or os.path.join("out", os.path.basename(os.path.normpath(cfg.data)))
+    os.makedirs(out, exist_ok=True)
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images, {train.size}x{train.size}, "
+          f"{len(train.classes)} classes of {counts.min():,} to {counts.max():,}: "
+          + ", ".join(train.classes[:10]) + (", ..." if len(train.classes) > 10 else ""))
+    pixels, _ = train.__getitems__(order(len(train), 0, 80, seed=0))
+    save_grid(os.path.join(out, "data.png"), pixels, columns=10)
+    print(f"80 of them: {os.path.join(out, 'data.png')}")
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,417 @@
+"""Stage one: a KL-VAE trained against a PatchGAN (Rombach et al. 2022, arXiv:2112.10752).
+
+    python vae.py                           # shapes
+    python vae.py --data imagenet           # data/imagenet/train/<wnid>/*.JPEG
+    torchrun --nproc-per-node 8 vae.py --data imagenet
+
+Writes out/<data>/: vae.pt, vae.csv (every loss and its share) and recon_*.png (images above,
+reconstructions below).
+"""
+import math
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import data
+
+# -------------------------------------------------------------------------------------------------
+# run
+DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
+DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
+PRESET = ""                 # the row below to start from; empty: --data's own, imagenet's for a folder
+SIZE = 0                    # pixels a side; 0: shapes 32, cifar10 64, all else 256
+OUT = ""                    # the run's folder; empty: out/<data>
+MAX_STEPS = 1000            # updates of the VAE, and of the discriminator
+BATCH_SIZE = 64             # images per micro-step, over all processes
+ACCUM = 1                   # micro-steps per update
+EVAL_EVERY = 250            # updates between validations, pictures and checkpoints
+EVAL_IMAGES = 1000          # validation images used, the same ones each time
+LOG_EVERY = 10              # updates between rows of the log
+SEED = 0                    # of the weights, the order of the images and all noise
+RESUME = False              # go on from the run's checkpoint
+OVERWRITE = False           # start again on top of a run
+# model
+WIDTHS = (32, 64, 128)      # channels at each resolution; one halving between neighbours
+BLOCKS = 2                  # residual blocks at each resolution (the decoder has one more)
+Z_CHANNELS = 4              # of the latent
+ATTENTION = True            # self-attention at the lowest resolution
+DISC_WIDTH = 64             # channels of the discriminator's first layer
+# loss
+L1_WEIGHT = 0.8             # pixel loss = (1 - this) * mse + this * l1
+KL_WEIGHT = 1e-2            # on the KL per latent element, after the warmup
+KL_WARMUP = 0.2             # share of the updates over which the KL's weight grows from 0
+ADV_WEIGHT = 0.02           # on the adversarial loss, after the warmup
+ADV_WARMUP = 0.4            # share of the updates over which the adversarial weight grows from 0
+FM_WEIGHT = 0.1             # on feature matching
+GAN_LOSS = "bce"            # bce or hinge
+PERCEPTUAL_WEIGHT = 0.0     # on VGG16 features; above 0 torchvision downloads 528 MB of weights
+# optimiser
+LR = 1e-3                   # VAE: AdamW, cosine decay
+LR_MIN = 1e-7               # where the cosine ends
+DISC_LR = 1e-3              # discriminator
+DISC_LR_MIN = 1e-7          # where its cosine ends
+CLIP = 1.0                  # gradient norm of either player
+# system
+DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
+BF16 = None                 # bfloat16 autocast; unset: where it is faster
+COMPILE = None              # torch.compile; unset: on a GPU
+# -------------------------------------------------------------------------------------------------
+PRESETS = {
+    "shapes": {},
+    "cifar10": dict(WIDTHS=(64, 128, 128), MAX_STEPS=117_000, BATCH_SIZE=128, LR=8e-4, DISC_LR=2.4e-3,
+                    DISC_LR_MIN=1e-6, EVAL_EVERY=2000),
+    "imagenet": dict(WIDTHS=(128, 256, 512, 512), MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, LR=1e-4,
+                     DISC_LR=3e-4, EVAL_EVERY=1000),
+}
+BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
+
+
+# ---- the autoencoder ----------------------------------------------------------------------------
+
+def norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: [b, c_in, h, w] -> [b, c_out, h, w]."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels, with 1x1 projections: [b, c, h, w] -> the same."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.qkv, self.out = norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)   # [b, 1, hw, c]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Conv2d):
+    """Halve the resolution: pad right and below, 3x3 convolution of stride 2."""
+
+    def __init__(self, c):
+        super().__init__(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Double the resolution: nearest neighbour, 3x3 convolution."""
+
+    def __init__(self, c):
+        super().__init__(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def middle(c, attention):
+    return [ResBlock(c, c), Attention(c), ResBlock(c, c)] if attention else [ResBlock(c, c), ResBlock(c, c)]
+
+
+class VAE(nn.Module):
+    """KL autoencoder of the published KL-f8 shape: [b, 3, s, s] in [-1, 1] <-> [b, z_channels, s/f, s/f].
+
+    f = 2 ** (len(widths) - 1). With widths (128, 256, 512, 512) and 4 latent channels: 83,653,863
+    parameters. The last convolutions of both halves start at zero, so the first outputs are grey.
+    """
+
+    def __init__(self, widths, blocks=2, z_channels=4, attention=True):
+        super().__init__()
+        self.factor, self.z_channels = 2 ** (len(widths) - 1), z_channels
+        encoder, c = [nn.Conv2d(3, widths[0], 3, padding=1)], widths[0]
+        for i, width in enumerate(widths):
+            encoder += [Downsample(c)] if i else []
+            for _ in range(blocks):
+                encoder, c = encoder + [ResBlock(c, width)], width
+        encoder += middle(c, attention) + [norm(c), nn.SiLU(), nn.Conv2d(c, 2 * z_channels, 3, padding=1)]
+        decoder = [nn.Conv2d(z_channels, c, 3, padding=1)] + middle(c, attention)
+        for i, width in enumerate(reversed(widths)):
+            decoder += [Upsample(c)] if i else []
+            for _ in range(blocks + 1):
+                decoder, c = decoder + [ResBlock(c, width)], width
+        decoder += [norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1)]
+        for last in (encoder[-1], decoder[-1]):
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.quant = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant = nn.Conv2d(z_channels, z_channels, 1)
+
+    def encode(self, x):
+        """Images [b, 3, s, s] -> mean and log-variance of q(z|x), float32 [b, z_channels, s/f, s/f] each."""
+        mean, logvar = self.quant(self.encoder(x)).float().chunk(2, dim=1)
+        return mean, logvar.clamp(-20, 20)
+
+    def decode(self, z):
+        """Latents [b, z_channels, h, w] -> images, float32 [b, 3, f*h, f*w], in [-1, 1] but for overshoot."""
+        return self.decoder(self.post_quant(z)).float()
+
+    def forward(self, x, noise):
+        """Images and standard normal noise (0 for the mean) -> reconstruction, mean, log-variance."""
+        mean, logvar = self.encode(x)
+        return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
+
+
+# ---- the discriminator --------------------------------------------------------------------------
+
+class Discriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): images [b, 3, s, s] -> a map of logits and the features of every layer.
+
+    Strided 4x4 convolutions, as many (4 at most) as keep a logit's receptive field below the image:
+    18, 38, 78 pixels for 2, 3, 4. GroupNorm, because batch statistics break under accumulation.
+    """
+
+    def __init__(self, size, width=64):
+        super().__init__()
+        depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)
+        layers, c_in = [], 3
+        for i in range(depth):
+            c = width * min(2 ** i, 8)
+            layers += [nn.Sequential(nn.Conv2d(c_in, c, 4, stride=2, padding=1), *([nn.GroupNorm(min(32, c // 4), c)] if i else []),
+                                     nn.LeakyReLU(0.2))]
+            c_in = c
+        self.layers, self.logits = nn.ModuleList(layers), nn.Conv2d(c_in, 1, 3, padding=1)
+
+    def forward(self, x):
+        features = []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return self.logits(x).float(), features
+
+
+# ---- losses, all in float32 ---------------------------------------------------------------------
+
+def pixel_loss(recon, x, l1_weight):
+    return (1 - l1_weight) * F.mse_loss(recon, x) + l1_weight * F.l1_loss(recon, x)
+
+
+def kl_loss(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, the mean over latent elements (Kingma and Welling 2014, app. B)."""
+    return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+
+
+def generator_loss(fake, kind):
+    """The VAE's adversarial loss on the logits of its reconstructions."""
+    return F.softplus(-fake).mean() if kind == "bce" else -fake.mean()
+
+
+def discriminator_loss(real, fake, kind):
+    """Binary cross-entropy (0.69 = ln 2 when confused) or hinge (1 when confused), mean over real and fake."""
+    if kind == "bce":
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def feature_loss(fake, real):
+    """Feature matching (Wang et al. 2018): L1 between two lists of features, mean over layers."""
+    return sum(F.l1_loss(f.float(), r.float()) for f, r in zip(fake, real)) / len(fake)
+
+
+class Perceptual(nn.Module):
+    """Distance of unit-normalised VGG16 features at five depths: LPIPS (Zhang et al. 2018) without learned weights."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import VGG16_Weights, vgg16
+        self.features = vgg16(weights=VGG16_Weights.DEFAULT).features[:30].eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, recon, x):
+        a, b, loss = ((recon + 1) / 2 - self.mean) / self.std, ((x + 1) / 2 - self.mean) / self.std, 0.0
+        for i, layer in enumerate(self.features):
+            a, b = layer(a), layer(b)
+            if i in (3, 8, 15, 22, 29):
+                loss += (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+        return loss
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def cosine(start, end, progress):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build(cfg):
+    return VAE(cfg.widths, cfg.blocks, cfg.z_channels, cfg.attention)
+
+
+def load_vae(path, device="cpu"):
+    """A trained VAE, frozen -> (VAE, its checkpoint)."""
+    state = data.load_checkpoint(path, "vae.py")
+    vae = build(data.SimpleNamespace(**state["config"]))
+    vae.load_state_dict(state["vae"])
+    return vae.to(device).eval().requires_grad_(False), state
+
+
+@torch.no_grad()
+def evaluate(vae, val, cfg, device, autocast):
+    """Validation figures of the reconstructions from the mean, and 8 of them above each other, uint8."""
+    count, sums, picture = min(len(val), cfg.eval_images), torch.zeros(6, dtype=torch.float64), None
+    for start in range(0, count, cfg.batch_size):
+        rows = data.order(len(val), start, min(cfg.batch_size, count - start), seed=0)
+        x = data.to_float(val.__getitems__(rows)[0].to(device))
+        with autocast:
+            recon, mean, logvar = vae(x, torch.zeros((), device=device))
+        recon = recon.clamp(-1, 1)
+        mse = (recon - x).square().mean((1, 2, 3))
+        second = (mean.square() + logvar.exp()).mean((1, 2, 3))                 # of z, given the noise
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3))
+        psnr = 10 * torch.log10(4 / mse.clamp_min(1e-10))                       # images span 2, hence 4
+        sums += torch.stack([mse, psnr, kl, mean.mean((1, 2, 3)), second, logvar.exp().mean((1, 2, 3))], 1).double().sum(0).cpu()
+        if picture is None:
+            picture = data.to_uint8(torch.cat([x[:8], recon[:8]]))
+    mse, psnr, kl, mean, second, var = (sums / count).tolist()
+    return {"val_mse": mse, "val_psnr": psnr, "val_kl": kl, "z_mean": mean, "z_std": math.sqrt(second - mean ** 2),
+            "posterior_std": math.sqrt(var)}, picture
+
+
+def main(argv=None):
+    cfg = data.configure(globals(), argv, PRESETS)
+    rank, world, device = data.start_processes(cfg.device)
+    say = print if rank == 0 else lambda *a, **k: None
+    cfg.out = cfg.out or os.path.join("out", os.path.basename(os.path.normpath(cfg.data)))
+    state = data.begin(cfg, "vae.pt", "vae.py", say)
+    train, val = data.load(cfg.data, cfg.data_dir, cfg.size)
+    cfg.size, cfg.classes, cfg.flip = train.size, train.classes, train.flip
+    if cfg.size % 2 ** (len(cfg.widths) - 1):
+        raise SystemExit(f"error: --size {cfg.size} is no multiple of {2 ** (len(cfg.widths) - 1)}, by which "
+                         f"{len(cfg.widths)} --widths downsample")
+    micro, steps = data.share(cfg, world)
+    batch = micro * steps * world
+    cfg.bf16 = data.bf16_pays(device) if cfg.bf16 is None else cfg.bf16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+
+    torch.manual_seed(cfg.seed)
+    vae, disc = build(cfg).to(device), Discriminator(cfg.size, cfg.disc_width).to(device)
+    perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
+    vae_opt = torch.optim.AdamW(vae.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
+    disc_opt = torch.optim.AdamW(disc.parameters(), cfg.disc_lr, BETAS, weight_decay=0.0, fused=True)
+    if state:
+        vae.load_state_dict(state["vae"]), disc.load_state_dict(state["disc"])
+        vae_opt.load_state_dict(state["vae_opt"]), disc_opt.load_state_dict(state["disc_opt"])
+    start = state["step"] if state else 0
+    z_shape = (batch, cfg.z_channels, cfg.size // vae.factor, cfg.size // vae.factor)
+    say(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
+        f"{sum(p.numel() for p in vae.parameters()):,} and discriminator {sum(p.numel() for p in disc.parameters()):,} "
+        f"parameters; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
+        f"{' in bf16' if cfg.bf16 else ''}")
+    say(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * vae.factor ** 2 / cfg.z_channels:.3g} "
+        f"x the KL summed against the pixel loss summed")
+
+    compiled = (lambda m: torch.compile(m)) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else lambda m: m
+    run_vae, run_disc, frozen_disc = compiled(vae), compiled(disc), compiled(disc)
+    if world > 1:
+        run_vae, run_disc = DDP(run_vae), DDP(run_disc)
+
+    def save(step):
+        if rank == 0:
+            data.replace_file(os.path.join(cfg.out, "vae.pt"), lambda f: torch.save(
+                {"made_by": "vae.py", "config": {k: v for k, v in vars(cfg).items() if k != "given"}, "step": step,
+                 "vae": vae.state_dict(), "disc": disc.state_dict(),
+                 "vae_opt": vae_opt.state_dict(), "disc_opt": disc_opt.state_dict()}, f))
+
+    log, signals = data.Log(os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, rank == 0), data.Signals()
+    batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
+    noise_source, skipped = torch.Generator(device), 0
+    for step in range(start, cfg.max_steps + 1):
+        # learning rates and warmups
+        progress = step / cfg.max_steps
+        for opt, lr, lr_min in ((vae_opt, cfg.lr, cfg.lr_min), (disc_opt, cfg.disc_lr, cfg.disc_lr_min)):
+            for group in opt.param_groups:
+                group["lr"] = cosine(lr, lr_min, progress)
+        kl_weight = cfg.kl_weight * min(1, progress / cfg.kl_warmup)
+        adv_weight = cfg.adv_weight * min(1, progress / cfg.adv_warmup)
+
+        # evaluate, picture, checkpoint
+        if step % cfg.eval_every == 0 or step == cfg.max_steps:
+            with log.aside():
+                if rank == 0:
+                    figures, picture = evaluate(vae, val, cfg, device, autocast)
+                    data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
+                    log.values |= figures
+                if step > start:
+                    save(step)
+        if step == cfg.max_steps:
+            break
+        if signals.stop():
+            save(step)
+            say(f"\nsaved {cfg.out}/vae.pt at step {step:,}; go on with --resume")
+            return sys.exit(0 if signals.caught == 15 else 1)
+
+        # micro-steps: one forward of the VAE serves both players
+        # all noise of the update at once, by row: the same for any number of processes and micro-steps
+        noise_source.manual_seed(cfg.seed * 1_000_003 + step)
+        flips = torch.rand(batch, 1, 1, 1, device=device, generator=noise_source) < 0.5 * train.flip
+        noise = torch.randn(z_shape, device=device, generator=noise_source)
+        sums = 0
+        for k in range(steps):
+            rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
+            x = data.to_float(next(batches)[0])
+            x = torch.where(flips[rows], x.flip(3), x)
+            sync = k == steps - 1
+            with data.grad_sync(run_vae, sync), autocast:
+                recon, mean, logvar = run_vae(x, noise[rows])
+            disc.requires_grad_(True)
+            with data.grad_sync(run_disc, sync), autocast:
+                logits, features = run_disc(torch.cat([x, recon.detach()]))
+                real, fake = logits.chunk(2)
+                disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
+                (disc_loss / steps).backward()
+            disc.requires_grad_(False)                      # its gradients are the loss above's alone
+            with data.grad_sync(run_vae, sync), autocast:
+                fake_logits, fake_features = frozen_disc(recon)
+                terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), "kl": kl_loss(mean, logvar),
+                         "adv": generator_loss(fake_logits, cfg.gan_loss),
+                         "fm": feature_loss(fake_features, [f[:micro].detach() for f in features])}
+                weights = {"pixel": 1.0, "kl": kl_weight, "adv": adv_weight, "fm": cfg.fm_weight}
+                if perceptual:
+                    terms["perceptual"], weights["perceptual"] = perceptual(recon, x), cfg.perceptual_weight
+                loss = sum(weights[name] * terms[name] for name in terms)
+                (loss / steps).backward()
+            sums = sums + torch.stack([*terms.values(), loss, disc_loss, real.mean(), fake.mean()]).detach() / steps
+
+        # clip, step
+        vae_norm = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip)
+        disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip)
+        if math.isfinite(vae_norm + disc_norm):
+            vae_opt.step(), disc_opt.step()
+            skipped = 0
+        else:
+            skipped += 1
+            say(f"\nstep {step}: gradient not finite, update skipped")
+            if skipped == 10:
+                raise SystemExit(f"error: ten updates in a row were not finite; {cfg.out}/vae.pt is from before: "
+                                 "--resume with a lower --lr, or with --no-bf16")
+        vae_opt.zero_grad(), disc_opt.zero_grad()
+
+        # log
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps:
+            values = dict(zip([*terms, "loss", "disc", "real", "fake"], sums.tolist()))
+            shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in terms}
+            log.row(step + 1, batch, ("pixel", "kl", "adv", "fm", "disc", "val_psnr"), **values, **shares,
+                    vae_norm=float(vae_norm), disc_norm=float(disc_norm), lr=vae_opt.param_groups[0]["lr"])
+    say(f"\n{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items() if key[:2] in ("va", "z_")))
+
+
+if __name__ == "__main__":
+    data.guard(main)
