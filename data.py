@@ -279,43 +279,53 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def grid(pixels, columns):
+    """uint8 [n, 3, h, w] -> one picture, uint8 [height, width, 3]"""
+    return torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+
+
 def save_grid(path, pixels, columns):
     """uint8 [n, 3, h, w] -> a PNG with `columns` images a row."""
-    grid = torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255)
-    replace_file(path, lambda f: Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, "png"))
+    replace_file(path, lambda f: Image.fromarray(grid(pixels, columns)).save(f, "png"))
 
 
 # ---- flags --------------------------------------------------------------------------------------
 
-def configure(script, argv, presets=None, preset=None):
-    """The fenced constants of a script as flags -> a namespace of settings in lower case.
+def fenced(script):
+    """(NAME, comment) of every constant in a script's fenced block."""
+    block = re.split(r"^# -+$", pathlib.Path(script["__file__"]).read_text(), flags=re.M)[1]
+    return re.findall(r"^([A-Z0-9_]+) = .*?# (.*)$", block, re.M)
 
-    A preset's row overrides the block and a flag overrides the preset. The comment at a constant's
-    line is its --help. `preset` maps the given flags to the name of the row (default: by --data).
+
+def flags(script, argv):
+    """Parse the fenced constants of a script, its globals(), as flags -> a dict of those given.
+
+    BATCH_SIZE = 64 is --batch-size 64; True, False and None (unset) are --compile/--no-compile; the comment
+    at the line's end is the flag's help. A typo ends with argparse's message and status 2.
     """
-    lines = re.findall(r"^([A-Z_0-9]+) = .*?# (.*)$", re.split(r"^# -+$", pathlib.Path(script["__file__"]).read_text(),
-                                                            flags=re.M)[1], re.M)
     parser = argparse.ArgumentParser(description=script["__doc__"], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in lines:
+    for name, comment in fenced(script):
         default = script[name]
-        kind = {"action": argparse.BooleanOptionalAction} if default is None or isinstance(default, bool) else \
-               {"type": int_tuple if isinstance(default, tuple) else type(default), "metavar": "X"}
+        if default is None or isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, tuple):
+            kind = {"nargs": "+", "type": type(default[0]) if default else str, "metavar": "X"}
+        else:
+            kind = {"type": type(default), "metavar": "X"}
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{comment} [{default}]".replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    settings = {name.lower(): script[name] for name, _ in lines}
-    if presets:
-        row = given.get("preset") or (preset(given) if preset else given.get("data", settings["data"]))
-        row = row if row in presets or given.get("preset") else "imagenet"
-        if row not in presets:
-            raise SystemExit(f"error: no preset {row}: choose one of {', '.join(presets)}")
-        settings |= {name.lower(): value for name, value in presets[row].items()} | {"preset": row}
-    return SimpleNamespace(**{**settings, **given}, given=set(given))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
 
 
-def int_tuple(text):
-    return tuple(int(part) for part in text.split(","))
+def settings(script, given, presets, preset):
+    """The block's constants, under the preset's row, under the given flags -> a namespace in lower case."""
+    if preset not in presets and "preset" in given:
+        raise SystemExit(f"error: no preset {preset}: choose one of {', '.join(presets)}")
+    preset = preset if preset in presets else "imagenet"
+    block = {name: script[name] for name, _ in fenced(script)} | presets[preset]
+    return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | {"preset": preset} | given,
+                           given=set(given))
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -528,7 +538,7 @@ class Log:
 
 
 def main(argv=None):
-    cfg = configure(globals(), argv)
+    cfg = SimpleNamespace(**{"data": DATA, "data_dir": DATA_DIR, "size": SIZE, "out": OUT} | flags(globals(), argv))
     train, val = load(cfg.data, cfg.data_dir, cfg.size)
     out = cfg.out or os.path.join("out", os.path.basename(os.path.normpath(cfg.data)))
     os.makedirs(out, exist_ok=True)

@@ -67,7 +67,7 @@ PRESETS = {
     "imagenet": dict(WIDTHS=(128, 256, 512, 512), MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, LR=1e-4,
                      DISC_LR=3e-4, EVAL_EVERY=1000),
 }
-BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
+BETAS = tuple(float(b) for b in os.environ.get("B","0.5,0.9").split(","))
 
 
 # ---- the autoencoder ----------------------------------------------------------------------------
@@ -84,6 +84,7 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)      # starts as its shortcut
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -149,10 +150,9 @@ class VAE(nn.Module):
             for _ in range(blocks + 1):
                 decoder, c = decoder + [ResBlock(c, width)], width
         decoder += [norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1)]
-        for last in (encoder[-1], decoder[-1]):
-            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         self.quant = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        nn.init.constant_(self.quant.bias.data[z_channels:], -4)
         self.post_quant = nn.Conv2d(z_channels, z_channels, 1)
 
     def encode(self, x):
@@ -286,7 +286,8 @@ def evaluate(vae, val, cfg, device, autocast):
 
 
 def main(argv=None):
-    cfg = data.configure(globals(), argv, PRESETS)
+    given = data.flags(globals(), argv)
+    cfg = data.settings(globals(), given, PRESETS, given.get("preset", given.get("data", DATA)))
     rank, world, device = data.start_processes(cfg.device)
     say = print if rank == 0 else lambda *a, **k: None
     cfg.out = cfg.out or os.path.join("out", os.path.basename(os.path.normpath(cfg.data)))

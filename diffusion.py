@@ -1,0 +1,565 @@
+"""Stage two: a class-conditional denoiser on the latents of the frozen VAE of stage one.
+
+    python diffusion.py                                         # on the newest out/*/vae.pt
+    python diffusion.py --data imagenet --dit XL/2
+    python diffusion.py --objective v --model dit --out out/v-dit
+    torchrun --nproc-per-node 8 diffusion.py --data imagenet
+
+Encodes every image once (latents.npy, beside vae.pt), then trains. Writes to the run's folder:
+diffusion.pt, diffusion.csv and samples_*.png, drawn from the averaged weights.
+"""
+import hashlib
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import data
+from vae import Attention, Downsample, ResBlock, Upsample, cosine, load_vae, norm
+
+# -------------------------------------------------------------------------------------------------
+# run
+DATA = ""                   # dataset; empty: the VAE's
+DATA_DIR = ""               # where it lies; empty: where the VAE found it
+PRESET = ""                 # the row below to start from; empty: the VAE's
+SIZE = 0                    # pixels a side; 0: the VAE's
+VAE = ""                    # a vae.pt; empty: the one in --out or out/<data>, else the newest out/*/vae.pt
+OUT = ""                    # the run's folder; empty: the VAE's
+MAX_STEPS = 3000            # updates
+BATCH_SIZE = 64             # latents per micro-step, over all processes
+ACCUM = 1                   # micro-steps per update
+EVAL_EVERY = 1000           # updates between pictures and checkpoints
+LOG_EVERY = 10              # updates between rows of the log
+SEED = 0                    # of the weights, the order of the latents and all noise
+RESUME = False              # go on from the run's checkpoint
+OVERWRITE = False           # start again on top of a run, or of latents that another VAE made
+# model
+MODEL = "unet"              # unet or dit
+WIDTHS = (128, 128)         # unet: channels at each resolution
+BLOCKS = 2                  # unet: residual blocks at each resolution
+ATTENTION_AT = 8            # unet: self-attention where the side is at most this
+DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
+# loss
+OBJECTIVE = "flow"          # flow (linear path), v (cosine path) or eps (cosine path, predicts the noise)
+TIMES = "uniform"           # density of t in training: uniform or logit-normal
+LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for classifier-free guidance
+# optimiser
+LR = 1e-3                   # AdamW
+LR_MIN = 1e-5               # where the cosine ends; equal to LR: constant
+LR_WARMUP = 100             # updates of linear warmup
+CLIP = 1.0                  # gradient norm
+EMA = 0.999                 # decay of the averaged weights
+# pictures
+CFG = 2.0                   # guidance scale, here and sample.py's default
+SAMPLE_STEPS = 50           # sampler steps, here and sample.py's default
+# system
+DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
+BF16 = None                 # bfloat16 autocast; unset: where it is faster
+COMPILE = None              # torch.compile; unset: on a GPU
+# -------------------------------------------------------------------------------------------------
+PRESETS = {
+    "shapes": {},
+    "cifar10": dict(OBJECTIVE="v", WIDTHS=(128, 256, 256), MAX_STEPS=292_968, BATCH_SIZE=128, LR=2e-4, LR_WARMUP=1000,
+                    EMA=0.9999, CFG=5.0, EVAL_EVERY=5000, DIT="S/2"),
+    "imagenet": dict(MODEL="dit", DIT="B/2", MAX_STEPS=400_000, BATCH_SIZE=256, LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0,
+                     EMA=0.9999, CFG=5.0, EVAL_EVERY=5000, WIDTHS=(192, 384, 384)),
+}
+DIT_SIZES = {"XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+BETAS = (0.9, 0.99)
+ENCODE_BATCH = 64           # images encoded at once; fixed, so that the latents depend on nothing else
+
+
+# ---- the method: paths, loss, sampler -----------------------------------------------------------
+
+def path(objective, t):
+    """x_t = a x0 + b e, from data (t=0) to noise (t=1) -> a, b and their derivatives da, db.
+
+    flow: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its
+    angle (Salimans and Ho 2022, app. D). On both, a db - da b = 1, so that with the velocity
+    v = da x0 + db e: x0 = db x - b v and e = a v - da x, without a division.
+    """
+    if objective == "flow":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    angle = t * (math.pi / 2)
+    return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+
+
+def velocity(model, objective, x, t, y):
+    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32."""
+    out = model(x, t, y).float()
+    if objective != "eps":
+        return out
+    a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
+    return (da * x + out) / a
+
+
+def guided(model, objective, x, t, y, cfg, null):
+    """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""
+    if cfg == 1:
+        return velocity(model, objective, x, t, y)
+    both = velocity(model, objective, x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, null)]))
+    v_c, v_u = both.chunk(2)
+    return v_u + cfg * (v_c - v_u)
+
+
+def diffusion_loss(model, objective, x0, e, t, y, dropped, null):
+    """Mean squared error per image [b] of the velocity, or of the noise for eps, at x_t.
+
+    x0, e [b, c, h, w]; t [b]; `dropped` [b] says which labels give way to the null class.
+    """
+    a, b, da, db = path(objective, t.view(-1, 1, 1, 1))
+    out = model(a * x0 + b * e, t, torch.where(dropped, null, y)).float()
+    target = e if objective == "eps" else da * x0 + db * e
+    return (out - target).square().mean((1, 2, 3))
+
+
+def first_time(objective):
+    """Where sampling starts: at t=1 the noise says nothing about x0, and eps needs it to."""
+    return 0.99 if objective == "eps" else 1.0
+
+
+@torch.no_grad()
+def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
+    """Integrate from noise x [b, c, h, w] to data -> yields (x, estimate of x0) after every step.
+
+    Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
+    circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
+    (Kynkaanniemi et al. 2024). The state stays float32.
+    """
+    times = torch.linspace(first_time(objective), 0, steps + 1, device=x.device)
+
+    def v_at(x, t):
+        return guided(model, objective, x, t.expand(len(x)), y, cfg if interval[0] <= t <= interval[1] else 1, null)
+
+    for t, s in zip(times[:-1], times[1:]):
+        (a, b, da, db), (a_s, b_s, _, _) = path(objective, t), path(objective, s)
+        v = v_at(x, t)
+        if sampler == "heun" and s > 0:
+            x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
+            v_s = v_at(x_s, s)
+            _, _, da_s, db_s = path(objective, s)
+            x0, e = db_s * x_s - b_s * v_s, a_s * v_s - da_s * x_s
+            v = (v + da * x0 + db * e) / 2
+        x0, e = db * x - b * v, a * v - da * x
+        x = a_s * x0 + b_s * e
+        yield x, x0
+
+
+def start_noise(count, shape, seed, first=0):
+    """Noise [count, *shape] on the CPU; image i has a generator of its own, seeded by (seed, i)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + i))
+                        for i in range(first, first + count)])
+
+
+def normalise(z, scale):
+    """Latents as the VAE gives them -> unit standard deviation; `denormalise` is its inverse."""
+    return z * scale
+
+
+def denormalise(z, scale):
+    return z / scale
+
+
+# ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] ---------------------------
+
+class Conditioning(nn.Module):
+    """Time and class -> one vector [b, d]. Class `num_classes` is the null class."""
+
+    def __init__(self, d, num_classes):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.classes = nn.Embedding(num_classes + 1, d)
+        self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(128) / 128), persistent=False)
+        for weight in (self.mlp[0].weight, self.mlp[2].weight, self.classes.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, t, y):
+        angles = t[:, None].float() * self.frequencies              # float32: bf16 cannot tell t=0.996 from 1
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)) + self.classes(y)
+
+
+class CondBlock(ResBlock):
+    """The VAE's residual block with the conditioning added between its convolutions""
+
+    def __init__(self, c_in, c_out, d):
+        super().__init__(c_in, c_out)
+        self.condition = nn.Linear(d, c_out)
+
+    def forward(self, x, c):
+        h = self.conv1(F.silu(self.norm1(x))) + self.condition(F.silu(c))[:, :, None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class UNet(nn.Module):
+    """Residual blocks down and up with skip connections, attention at low resolutions (Ho et al. 2020)."""
+
+    def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8):
+        super().__init__()
+        c, d, skips = widths[0], 4 * widths[0], [widths[0]]
+        self.conditioning, self.first = Conditioning(d, num_classes), nn.Conv2d(channels, c, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+
+        def block(c_in, c_out):
+            return nn.ModuleList([CondBlock(c_in, c_out, d), Attention(c_out) if side <= attention_at else nn.Identity()])
+
+        for i, width in enumerate(widths):
+            if i:
+                self.down.append(Downsample(c))
+                skips, side = skips + [c], side // 2
+            for _ in range(blocks):
+                self.down.append(block(c, width))
+                c, skips = width, skips + [width]
+        self.middle = nn.ModuleList([CondBlock(c, c, d), Attention(c), CondBlock(c, c, d)])
+        for i, width in enumerate(reversed(widths)):
+            if i:
+                self.up.append(Upsample(c))
+                side = side * 2
+            for _ in range(blocks + 1):
+                self.up.append(block(c + skips.pop(), width))
+                c = width
+        self.last = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
+        nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
+
+    def forward(self, x, t, y):
+        c, x = self.conditioning(t, y), self.first(x)
+        skips = [x]
+        for layer in self.down:
+            x = layer(x) if isinstance(layer, Downsample) else layer[1](layer[0](x, c))
+            skips.append(x)
+        x = self.middle[2](self.middle[1](self.middle[0](x, c)), c)
+        for layer in self.up:
+            x = layer(x) if isinstance(layer, Upsample) else layer[1](layer[0](torch.cat([x, skips.pop()], 1), c))
+        return self.last(x)
+
+
+def positions(d, side):
+    """Fixed sine-cosine embedding of a square grid -> [side * side, d]: half of d by row, half by column."""
+    frequencies = 10000.0 ** -(torch.arange(d // 4) / (d // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)], 2).reshape(side * side, d)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: tokens [b, n, d], conditioning [b, d] -> [b, n, d]."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.modulation = nn.Linear(d, 6 * d)
+
+    def attention(self, x):
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748); `name` is a size and a patch: B/2."""
+
+    def __init__(self, channels, side, num_classes, name="B/2"):
+        super().__init__()
+        size, patch = name.split("/")
+        (d, depth, heads), self.patch = DIT_SIZES[size], int(patch)
+        self.embed = nn.Conv2d(channels, d, self.patch, stride=self.patch)
+        self.conditioning = Conditioning(d, num_classes)
+        self.register_buffer("positions", positions(d, side // self.patch), persistent=False)
+        self.blocks = nn.ModuleList(DiTBlock(d, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.modulation, self.out = nn.Linear(d, 2 * d), nn.Linear(d, self.patch ** 2 * channels)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.embed.weight.view(d, -1)), nn.init.zeros_(self.embed.bias)
+        for zero in [block.modulation for block in self.blocks] + [self.modulation, self.out]:
+            nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
+
+    def forward(self, x, t, y):
+        b, channels, h, w = x.shape
+        c = self.conditioning(t, y)
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.positions                       # [b, n, d]
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
+        x = self.out(modulate(self.norm(x), shift, scale))                                  # [b, n, patch * patch * c]
+        x = x.view(b, h // self.patch, w // self.patch, self.patch, self.patch, channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, h, w)
+
+
+def build(cfg):
+    num_classes = len(cfg.classes)
+    if cfg.model == "dit":
+        size, _, patch = cfg.dit.partition("/")
+        if size not in DIT_SIZES or not patch.isdigit() or cfg.side % int(patch):
+            raise SystemExit(f"error: --dit {cfg.dit} does not fit latents of {cfg.side}x{cfg.side}: expected one of "
+                             f"{', '.join(DIT_SIZES)} / a patch that divides {cfg.side}")
+        return DiT(cfg.z_channels, cfg.side, num_classes, cfg.dit)
+    if cfg.side % 2 ** (len(cfg.widths) - 1):
+        raise SystemExit(f"error: latents of {cfg.side}x{cfg.side} cannot be halved {len(cfg.widths) - 1} times: "
+                         f"give fewer --widths")
+    return UNet(cfg.z_channels, cfg.side, num_classes, cfg.widths, cfg.blocks, cfg.attention_at)
+
+
+# ---- latents ------------------------------------------------------------------------------------
+
+def fingerprint(vae):
+    """16 hex digits that change with any weight."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Latents:
+    """latents.npy, float16 [images, views, 2, c, h, w]: mean and log-variance of each image and its mirror.
+
+    Every view is a row of its own in training: row r is image r // views.
+    """
+
+    def __init__(self, file, labels):
+        self.moments, self.labels = np.load(file, mmap_mode="r"), labels
+        self.views, self.resident = self.moments.shape[1], self.moments.nbytes <= data.RESIDENT_BYTES
+        self.moments = self.moments.reshape(-1, *self.moments.shape[2:])
+
+    def __len__(self):
+        return len(self.moments)
+
+    def to(self, device):
+        self.moments, self.labels = torch.from_numpy(np.array(self.moments)).to(device), self.labels.to(device)
+
+    def __getitems__(self, rows):
+        """Rows int64 [m] -> float16 [m, 2, c, h, w], classes int64 [m]."""
+        moments = self.moments[rows] if torch.is_tensor(self.moments) else torch.from_numpy(self.moments[rows.numpy()])
+        return moments, self.labels[rows // self.views]
+
+
+@torch.no_grad()
+def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast, say):
+    """Encode every image and its mirror into one memory map; goes on where it stopped -> the scale, 1 / std.
+
+    Block i of ENCODE_BATCH images is the work of process i % world; `.done` keeps a byte for each.
+    Stops if the latents that lie there are of another VAE or dataset.
+    """
+    facts_file, done_file = file.replace(".npy", ".json"), file.replace(".npy", ".done.npy")
+    blocks = -(-len(train) // ENCODE_BATCH)
+    if rank == 0:
+        found = json.load(open(facts_file)) if os.path.exists(facts_file) and os.path.exists(file) else {}
+        same = {key: found.get(key) for key in facts} == facts
+        if found and not same and not overwrite:
+            wrong = ", ".join(f"{key} {found.get(key)} instead of {facts[key]}" for key in facts if found.get(key) != facts[key])
+            raise SystemExit(f"error: {file} holds other latents ({wrong}): remake them with --overwrite, or move them away")
+        if not same:
+            shape = (len(train), 1 + train.flip, 2, vae.z_channels, train.size // vae.factor, train.size // vae.factor)
+            for name in (facts_file, file, done_file):
+                if os.path.exists(name):
+                    os.remove(name)
+            moments = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+            with open(file, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))    # a full disk says so here, not in a crash
+            np.lib.format.open_memmap(done_file, "w+", np.uint8, (blocks,)).flush()
+            data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
+    if world > 1:
+        dist.barrier()
+    moments, done = np.load(file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
+    todo = [i for i in range(rank, blocks, world) if not done[i]]
+    rows = [torch.arange(i * ENCODE_BATCH, min((i + 1) * ENCODE_BATCH, len(train))) for i in todo]
+    clock = data.time.perf_counter()
+    for k, (i, (pixels, _)) in enumerate(zip(todo, data.feed(train, iter(rows), device))):
+        x = data.to_float(pixels)
+        for view in range(moments.shape[1]):
+            with autocast:
+                mean, logvar = vae.encode(x.flip(3) if view else x)
+            moments[i * ENCODE_BATCH:(i + 1) * ENCODE_BATCH, view] = torch.stack([mean, logvar], 1).half().cpu().numpy()
+        done[i] = 1
+        if k % 10 == 9 or i == todo[-1]:
+            rate = (k + 1) * ENCODE_BATCH * world / (data.time.perf_counter() - clock)
+            say(f"\rencoding {min((i + 1) * ENCODE_BATCH, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="", flush=True)
+    moments.flush(), done.flush()
+    if todo:
+        say()
+    if world > 1:
+        dist.barrier()
+    if not done.all():
+        raise SystemExit(f"error: {file} misses {int((done == 0).sum())} of {blocks} blocks: run again")
+    if rank == 0 and "scale" not in json.load(open(facts_file)):
+        total = np.zeros(2)
+        for i in range(0, len(moments), 1024):
+            mean, logvar = moments[i:i + 1024, :, 0].astype(np.float64), moments[i:i + 1024, :, 1].astype(np.float64)
+            total += mean.sum(), (mean ** 2 + np.exp(logvar)).sum()
+        mean, second = total / (moments.size / 2)
+        scale = 1 / math.sqrt(second - mean ** 2)
+        data.replace_file(facts_file, lambda f: f.write(json.dumps({**facts, "scale": scale, "mean": mean}).encode()))
+    if world > 1:
+        dist.barrier()
+    return json.load(open(facts_file))["scale"]
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def load_denoiser(path, device="cpu"):
+    """A trained denoiser with its averaged weights and the VAE it belongs to -> (denoiser, VAE, checkpoint)."""
+    state = data.load_checkpoint(path, "diffusion.py")
+    model = build(data.SimpleNamespace(**state["config"]))
+    model.load_state_dict(state["ema"])
+    vae, _ = load_vae(os.path.join(os.path.dirname(path), state["vae"]), device)
+    if fingerprint(vae) != state["vae_fingerprint"]:
+        raise SystemExit(f"error: {path} was trained on another VAE than {os.path.join(os.path.dirname(path), state['vae'])}, "
+                         f"whose weights have changed since: train diffusion.py again, or put the old vae.pt back")
+    return model.to(device).eval().requires_grad_(False), vae, state
+
+
+def find_vae(given):
+    """The vae.pt that these flags mean."""
+    beside = os.path.join(given.get("out", ""), "vae.pt")
+    if "vae" in given:
+        return given["vae"]
+    if "out" in given and os.path.exists(beside):
+        return beside
+    if "data" in given:
+        return os.path.join("out", os.path.basename(os.path.normpath(given["data"])), "vae.pt")
+    return data.newest("vae.pt", "vae.py")
+
+
+def main(argv=None):
+    given = data.flags(globals(), argv)
+    rank, world, device = data.start_processes(given.get("device", DEVICE))
+    say = print if rank == 0 else lambda *a, **k: None
+    vae_file = find_vae(given)
+    vae, vae_state = load_vae(vae_file, device)
+    of_vae = data.SimpleNamespace(**vae_state["config"])
+    cfg = data.settings(globals(), given, PRESETS, given.get("preset", of_vae.preset))
+    cfg.out, cfg.data = cfg.out or os.path.dirname(vae_file), cfg.data or of_vae.data
+    cfg.data_dir, cfg.size = cfg.data_dir or of_vae.data_dir, cfg.size or of_vae.size
+    say(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {of_vae.data}")
+    state = data.begin(cfg, "diffusion.pt", "diffusion.py", say)
+    train, _ = data.load(cfg.data, cfg.data_dir, cfg.size)
+    cfg.classes, cfg.z_channels, cfg.side = train.classes, vae.z_channels, cfg.size // vae.factor
+    micro, steps = data.share(cfg, world)
+    batch, null = micro * steps * world, len(cfg.classes)
+    cfg.bf16 = data.bf16_pays(device) if cfg.bf16 is None else cfg.bf16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    torch.manual_seed(cfg.seed)
+    model = build(cfg).to(device)
+
+    latents_file = os.path.join(os.path.dirname(vae_file), "latents.npy")
+    facts = {"vae": fingerprint(vae), "data": cfg.data, "size": cfg.size, "images": len(train)}
+    scale = precompute(vae, train, latents_file, facts, cfg.overwrite, rank, world, device, autocast, say)
+    latents = Latents(latents_file, train.labels.cpu())
+    del train
+
+    ema = build(cfg).to(device).requires_grad_(False)
+    ema.load_state_dict(model.state_dict())
+    opt = torch.optim.AdamW(model.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
+    if state:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+    start = state["step"] if state else 0
+    say(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
+        f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
+
+    run = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
+    if world > 1:
+        run = DDP(run)
+    shown = min(null, 10)
+    labels = torch.arange(8 * shown) % shown * (null // shown)
+    noise_at_start = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
+
+    def picture(step):
+        with autocast:
+            *_, (z, _) = sample(ema, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
+        data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), data.to_uint8(vae.decode(denormalise(z, scale))), shown)
+
+    def save(step):
+        if rank == 0:
+            data.replace_file(os.path.join(cfg.out, "diffusion.pt"), lambda f: torch.save(
+                {"made_by": "diffusion.py", "config": {k: v for k, v in vars(cfg).items() if k != "given"}, "step": step,
+                 "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "scale": scale,
+                 "vae": os.path.relpath(vae_file, cfg.out), "vae_fingerprint": facts["vae"]}, f))
+
+    log, signals = data.Log(os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, rank == 0), data.Signals()
+    batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
+    source, skipped = torch.Generator(device), 0
+    for step in range(start, cfg.max_steps + 1):
+        # learning rate
+        warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
+        for group in opt.param_groups:
+            group["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
+
+        # picture, checkpoint
+        if step > start and (step % cfg.eval_every == 0 or step == cfg.max_steps):
+            with log.aside():
+                if rank == 0:
+                    picture(step)
+                save(step)
+        if step == cfg.max_steps:
+            break
+        if signals.stop():
+            save(step)
+            say(f"\nsaved {cfg.out}/diffusion.pt at step {step:,}; go on with --resume")
+            return sys.exit(0 if signals.caught == 15 else 1)
+
+        # micro-steps
+        # all noise of the update at once, by row: the same for any number of processes and micro-steps
+        source.manual_seed(cfg.seed * 1_000_003 + step)
+        z_noise, e = torch.randn(2, batch, cfg.z_channels, cfg.side, cfg.side, device=device, generator=source)
+        u, drop = torch.rand(2, batch, device=device, generator=source)
+        u = (u[0] + torch.arange(batch, device=device) / batch) % 1         # evenly spread (Kingma et al. 2021)
+        t = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid() if cfg.times == "logit-normal" else u
+        t, dropped = t * first_time(cfg.objective), drop < cfg.label_dropout
+        losses = torch.zeros(batch, device=device)
+        for k in range(steps):
+            rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
+            moments, y = next(batches)
+            mean, logvar = moments.float().unbind(1)
+            x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale)
+            with data.grad_sync(run, k == steps - 1):
+                with autocast:
+                    loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y, dropped[rows], null)
+                (loss.mean() / steps).backward()
+            losses[rows] = loss.detach()
+
+        # clip, step
+        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
+        if math.isfinite(grad_norm):
+            opt.step()
+            decay = min(cfg.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            skipped = 0
+        else:
+            skipped += 1
+            say(f"\nstep {step}: gradient not finite, update skipped")
+            if skipped == 10:
+                raise SystemExit(f"error: ten updates in a row were not finite; {cfg.out}/diffusion.pt is from before: "
+                                 "--resume with a lower --lr, or with --no-bf16")
+        opt.zero_grad()
+
+        # log
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps:
+            mine = losses != 0
+            quarters = {f"loss_t{q + 1}/4": losses[mine & (t * 4).long().eq(q)].mean().item() for q in range(4)}
+            log.row(step + 1, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm,
+                    lr=opt.param_groups[0]["lr"])
+    say(f"\n{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
+
+
+if __name__ == "__main__":
+    data.guard(main)

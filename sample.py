@@ -1,0 +1,127 @@
+"""Stage three: draw images of given classes from a trained denoiser and the VAE it belongs to.
+
+    python sample.py                                        # every class (10 at most), newest run
+    python sample.py --class 207 --cfg 5
+    python sample.py --class "golden retriever" 980 --sampler heun --steps 25 --interval 0.1 0.8
+    python sample.py --n 50000 --npz samples.npz            # arr_0, arr_1: what FID evaluators read
+    torchrun --nproc-per-node 8 sample.py --n 50000 --png samples
+
+Uses the averaged weights and decodes in float32. Image i starts from noise seeded by (seed, i) alone:
+it depends neither on the batch nor on the number of processes.
+"""
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import data
+from diffusion import denormalise, load_denoiser, sample, start_noise
+
+# -------------------------------------------------------------------------------------------------
+OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
+CLASS = ()                  # classes, by index or name; empty: all (10 of them for a grid)
+N = 0                       # images, spread evenly over the classes; 0: 8 of each
+CFG = -1.0                  # guidance scale, 1: none; below 0: as in the run's pictures
+STEPS = 0                   # sampler steps; 0: as in the run's pictures
+SAMPLER = "euler"           # euler (DDIM on the cosine path) or heun, twice the work a step
+INTERVAL = (0.0, 1.0)       # guide only while t, from 1 (noise) to 0 (data), lies within
+SEED = 0                    # image i is a function of (seed, i)
+BATCH_SIZE = 64             # images at a time
+PNG = ""                    # folder for numbered files 000000.png instead of the grid
+NPZ = ""                    # file for arr_0 uint8 [n, h, w, 3] and arr_1 int64 [n] instead of the grid
+GIF = ""                    # file for the denoising of the grid as an animation
+DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
+BF16 = None                 # bfloat16 autocast in the denoiser; unset: where it is faster
+COMPILE = False             # torch.compile of the denoiser: pays from about a thousand images
+# -------------------------------------------------------------------------------------------------
+
+
+def find_class(word, classes):
+    """An index, a class name, or one of ImageNet's English names -> the index; stops if it is none or several."""
+    if word.isdigit() and int(word) < len(classes):
+        return int(word)
+    names = [[name.lower()] for name in classes]
+    if len(classes) == 1000 and classes[0] == "n01440764":
+        from torchvision.models import ResNet50_Weights
+        names = [[wnid, name.lower()] for wnid, name in zip(classes, ResNet50_Weights.DEFAULT.meta["categories"])]
+    found = [k for k, aliases in enumerate(names) if word.lower() in aliases]
+    if len(found) != 1:
+        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise SystemExit(f"error: class {word!r} means {found}: give the index" if found else
+                         f"error: no class {word!r}: expected an index from 0 to {len(classes) - 1} or a name among {listed}")
+    return found[0]
+
+
+def main(argv=None):
+    block = {name.lower(): globals()[name] for name, _ in data.fenced(globals())}
+    cfg = SimpleNamespace(**block | data.flags(globals(), argv))
+    rank, world, device = data.start_processes(cfg.device)
+    path = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
+    model, vae, state = load_denoiser(path, device)
+    run = SimpleNamespace(**state["config"])
+    if rank == 0:
+        print(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
+    if cfg.sampler not in ("euler", "heun"):
+        raise SystemExit(f"error: no sampler {cfg.sampler!r}: expected euler or heun")
+    guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
+    null, files = len(run.classes), bool(cfg.png or cfg.npz)
+    chosen = [find_class(word, run.classes) for word in getattr(cfg, "class")] or list(range(null))
+    if not getattr(cfg, "class") and not files:
+        chosen = chosen[::-(-null // 10)]
+    n = cfg.n or 8 * len(chosen)
+    labels = torch.tensor([chosen[i * len(chosen) // n] if n < len(chosen) else chosen[i % len(chosen)] for i in range(n)])
+    bf16 = data.bf16_pays(device) if cfg.bf16 is None else cfg.bf16
+    if cfg.compile:
+        model = torch.compile(model)
+
+    # one file that all processes fill: frames x images (a single frame without --gif)
+    name = "all" if not getattr(cfg, "class") else "-".join(str(k) for k in chosen[:5])
+    grid_file = os.path.join(os.path.dirname(path), f"grid_{name}_cfg{guidance:g}_seed{cfg.seed}.png")
+    canvas_file, frames = f"{cfg.npz or grid_file}.part.npy", steps + 1 if cfg.gif else 1
+    if rank == 0:
+        for folder in (cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
+            os.makedirs(folder or ".", exist_ok=True)
+        np.lib.format.open_memmap(canvas_file, "w+", np.uint8, (frames, n, run.size, run.size, 3))
+    if world > 1:
+        dist.barrier()
+    try:
+        canvas = np.load(canvas_file, mmap_mode="r+")
+        for first in range(rank * cfg.batch_size, n, world * cfg.batch_size):
+            rows = slice(first, min(first + cfg.batch_size, n))
+            x = start_noise(rows.stop - first, (run.z_channels, run.side, run.side), cfg.seed, first).to(device)
+            states = [denormalise(x, state["scale"])] if cfg.gif else []
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                for x, x0 in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance,
+                                    cfg.sampler, cfg.interval):
+                    states = (states if cfg.gif else []) + [denormalise(x, state["scale"])]
+            for frame, z in enumerate(states):
+                canvas[frame, rows] = data.to_uint8(vae.decode(z)).permute(0, 2, 3, 1).cpu().numpy()
+            for i in range(first, rows.stop) if cfg.png else ():
+                data.replace_file(os.path.join(cfg.png, f"{i:06d}.png"), lambda f: Image.fromarray(canvas[-1, i]).save(f, "png"))
+            if rank == 0:
+                print(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="", flush=True)
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            columns = len(chosen) if 1 < len(chosen) <= 20 else 8
+            if cfg.npz:
+                data.replace_file(cfg.npz, lambda f: np.savez(f, arr_0=canvas[-1], arr_1=labels.numpy()))
+            if not files:
+                data.save_grid(grid_file, torch.from_numpy(canvas[-1]).permute(0, 3, 1, 2), columns)
+            if cfg.gif:
+                pages = [Image.fromarray(data.grid(torch.from_numpy(page).permute(0, 3, 1, 2), columns)) for page in canvas]
+                data.replace_file(cfg.gif, lambda f: pages[0].save(f, "gif", save_all=True, append_images=pages[1:],
+                                                                   duration=[60] * (frames - 1) + [2000], loop=0))
+            made = [cfg.png, cfg.npz, "" if files else grid_file, cfg.gif]
+            print(f"\rclasses {', '.join(run.classes[k] for k in chosen[:10])}, cfg {guidance:g}, {steps} {cfg.sampler} steps: "
+                  + ", ".join(name for name in made if name))
+    finally:
+        if rank == 0:
+            os.remove(canvas_file)
+
+
+if __name__ == "__main__":
+    data.guard(main)
