@@ -186,7 +186,7 @@ class Conditioning(nn.Module):
 
 
 class CondBlock(ResBlock):
-    """The VAE's residual block with the conditioning added between its convolutions""
+    """The VAE's residual block with the conditioning added between its convolutions."""
 
     def __init__(self, c_in, c_out, d):
         super().__init__(c_in, c_out)

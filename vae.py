@@ -67,7 +67,7 @@ PRESETS = {
     "imagenet": dict(WIDTHS=(128, 256, 512, 512), MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, LR=1e-4,
                      DISC_LR=3e-4, EVAL_EVERY=1000),
 }
-BETAS = tuple(float(b) for b in os.environ.get("B","0.5,0.9").split(","))
+BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
 
 
 # ---- the autoencoder ----------------------------------------------------------------------------
