@@ -363,9 +363,14 @@ def schedule(n, micro, steps, start, stop, rank, world, seed):
         yield order(n, (k * world + rank) * micro, micro, seed)
 
 
-def grad_sync(module, on):
+@contextlib.contextmanager
+def grad_sync(on, *modules):
     """Around forward and backward: DDP averages gradients only where `on`, at an update's last micro-step."""
-    return contextlib.nullcontext() if on or not hasattr(module, "no_sync") else module.no_sync()
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if not on and hasattr(module, "no_sync"):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 def bf16_pays(device):

@@ -32,20 +32,20 @@ PRESET = ""                 # the row below to start from; empty: the VAE's
 SIZE = 0                    # pixels a side; 0: the VAE's
 VAE = ""                    # a vae.pt; empty: the one in --out or out/<data>, else the newest out/*/vae.pt
 OUT = ""                    # the run's folder; empty: the VAE's
-MAX_STEPS = 3000            # updates
-BATCH_SIZE = 64             # latents per micro-step, over all processes
+MAX_STEPS = 2600            # updates
+BATCH_SIZE = 32             # latents per micro-step, over all processes
 ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 1000           # updates between pictures and checkpoints
+EVAL_EVERY = 1300           # updates between pictures and checkpoints
 LOG_EVERY = 10              # updates between rows of the log
 SEED = 0                    # of the weights, the order of the latents and all noise
 RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run, or of latents that another VAE made
 # model
 MODEL = "unet"              # unet or dit
-WIDTHS = (128, 128)         # unet: channels at each resolution
-BLOCKS = 2                  # unet: residual blocks at each resolution
+WIDTHS = (64, 128)          # unet: channels at each resolution
+BLOCKS = 1                  # unet: residual blocks at each resolution
 ATTENTION_AT = 8            # unet: self-attention where the side is at most this
-DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
+DIT = "XS/2"                # dit: size XS, S, B, L, XL / patch
 # loss
 OBJECTIVE = "flow"          # flow (linear path), v (cosine path) or eps (cosine path, predicts the noise)
 TIMES = "uniform"           # density of t in training: uniform or logit-normal
@@ -57,7 +57,7 @@ LR_WARMUP = 100             # updates of linear warmup
 CLIP = 1.0                  # gradient norm
 EMA = 0.999                 # decay of the averaged weights
 # pictures
-CFG = 2.0                   # guidance scale, here and sample.py's default
+CFG = 3.0                   # guidance scale, here and sample.py's default
 SAMPLE_STEPS = 50           # sampler steps, here and sample.py's default
 # system
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
@@ -66,10 +66,10 @@ COMPILE = None              # torch.compile; unset: on a GPU
 # -------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
-    "cifar10": dict(OBJECTIVE="v", WIDTHS=(128, 256, 256), MAX_STEPS=292_968, BATCH_SIZE=128, LR=2e-4, LR_WARMUP=1000,
-                    EMA=0.9999, CFG=5.0, EVAL_EVERY=5000, DIT="S/2"),
-    "imagenet": dict(MODEL="dit", DIT="B/2", MAX_STEPS=400_000, BATCH_SIZE=256, LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0,
-                     EMA=0.9999, CFG=5.0, EVAL_EVERY=5000, WIDTHS=(192, 384, 384)),
+    "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
+                    OBJECTIVE="v", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0),
+    "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=256, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384), BLOCKS=2,
+                     DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0),
 }
 DIT_SIZES = {"XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
@@ -127,7 +127,7 @@ def first_time(objective):
 
 @torch.no_grad()
 def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
-    """Integrate from noise x [b, c, h, w] to data -> yields (x, estimate of x0) after every step.
+    """Integrate from noise x [b, c, h, w] to data -> yields x after every step; the last is the sample.
 
     Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
     circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
@@ -147,9 +147,8 @@ def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", int
             _, _, da_s, db_s = path(objective, s)
             x0, e = db_s * x_s - b_s * v_s, a_s * v_s - da_s * x_s
             v = (v + da * x0 + db * e) / 2
-        x0, e = db * x - b * v, a * v - da * x
-        x = a_s * x0 + b_s * e
-        yield x, x0
+        x = a_s * (db * x - b * v) + b_s * (a * v - da * x)
+        yield x
 
 
 def start_noise(count, shape, seed, first=0):
@@ -415,6 +414,26 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
 
 # ---- training -----------------------------------------------------------------------------------
 
+def draw(cfg, step, batch, device):
+    """All noise of an update, by row of its batch: the same for any number of processes and micro-steps.
+
+    -> noise of the latents and of the path [batch, c, h, w], times [batch], dropped labels [batch]
+    """
+    source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+    z_noise, e = torch.randn(2, batch, cfg.z_channels, cfg.side, cfg.side, device=device, generator=source)
+    offset, dropout = torch.rand(2, batch, device=device, generator=source)
+    t = (offset[0] + torch.arange(batch, device=device) / batch) % 1        # evenly spread (Kingma et al. 2021)
+    if cfg.times == "logit-normal":                                         # Esser et al. 2024
+        t = torch.special.ndtri(t.clamp(1e-6, 1 - 1e-6)).sigmoid()
+    return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema = d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): the start is forgotten soon."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+
+
 def load_denoiser(path, device="cpu"):
     """A trained denoiser with its averaged weights and the VAE it belongs to -> (denoiser, VAE, checkpoint)."""
     state = data.load_checkpoint(path, "diffusion.py")
@@ -476,16 +495,16 @@ def main(argv=None):
         f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
         f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
 
-    run = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
-    if world > 1:
-        run = DDP(run)
+    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+        model.compile()                                     # in place: the names of the weights stay
+    run = DDP(model) if world > 1 else model
     shown = min(null, 10)
     labels = torch.arange(8 * shown) % shown * (null // shown)
     noise_at_start = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
 
     def picture(step):
         with autocast:
-            *_, (z, _) = sample(ema, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
+            *_, z = sample(ema, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
         data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), data.to_uint8(vae.decode(denormalise(z, scale))), shown)
 
     def save(step):
@@ -497,7 +516,7 @@ def main(argv=None):
 
     log, signals = data.Log(os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, rank == 0), data.Signals()
     batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
-    source, skipped = torch.Generator(device), 0
+    skipped = 0
     for step in range(start, cfg.max_steps + 1):
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
@@ -519,19 +538,14 @@ def main(argv=None):
 
         # micro-steps
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
-        source.manual_seed(cfg.seed * 1_000_003 + step)
-        z_noise, e = torch.randn(2, batch, cfg.z_channels, cfg.side, cfg.side, device=device, generator=source)
-        u, drop = torch.rand(2, batch, device=device, generator=source)
-        u = (u[0] + torch.arange(batch, device=device) / batch) % 1         # evenly spread (Kingma et al. 2021)
-        t = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid() if cfg.times == "logit-normal" else u
-        t, dropped = t * first_time(cfg.objective), drop < cfg.label_dropout
+        z_noise, e, t, dropped = draw(cfg, step, batch, device)
         losses = torch.zeros(batch, device=device)
         for k in range(steps):
             rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
             moments, y = next(batches)
             mean, logvar = moments.float().unbind(1)
             x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale)
-            with data.grad_sync(run, k == steps - 1):
+            with data.grad_sync(k == steps - 1, run):
                 with autocast:
                     loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y, dropped[rows], null)
                 (loss.mean() / steps).backward()
@@ -541,8 +555,7 @@ def main(argv=None):
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
         if math.isfinite(grad_norm):
             opt.step()
-            decay = min(cfg.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            update_ema(ema, model, cfg.ema, step)
             skipped = 0
         else:
             skipped += 1

@@ -40,19 +40,17 @@ COMPILE = False             # torch.compile of the denoiser: pays from about a t
 
 
 def find_class(word, classes):
-    """An index, a class name, or one of ImageNet's English names -> the index; stops if it is none or several."""
+    """An index, a class's folder name, or one of ImageNet's English names -> the index."""
     if word.isdigit() and int(word) < len(classes):
         return int(word)
-    names = [[name.lower()] for name in classes]
-    if len(classes) == 1000 and classes[0] == "n01440764":
+    names = [name.lower() for name in classes]
+    if len(classes) == 1000 and classes[0] == "n01440764" and word.lower() not in names:
         from torchvision.models import ResNet50_Weights
-        names = [[wnid, name.lower()] for wnid, name in zip(classes, ResNet50_Weights.DEFAULT.meta["categories"])]
-    found = [k for k, aliases in enumerate(names) if word.lower() in aliases]
-    if len(found) != 1:
+        names = [name.lower() for name in ResNet50_Weights.DEFAULT.meta["categories"]]
+    if word.lower() not in names:
         listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        raise SystemExit(f"error: class {word!r} means {found}: give the index" if found else
-                         f"error: no class {word!r}: expected an index from 0 to {len(classes) - 1} or a name among {listed}")
-    return found[0]
+        raise SystemExit(f"error: no class {word!r}: expected an index from 0 to {len(classes) - 1} or a name among {listed}")
+    return names.index(word.lower())
 
 
 def main(argv=None):
@@ -94,7 +92,7 @@ def main(argv=None):
             x = start_noise(rows.stop - first, (run.z_channels, run.side, run.side), cfg.seed, first).to(device)
             states = [denormalise(x, state["scale"])] if cfg.gif else []
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                for x, x0 in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance,
+                for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance,
                                     cfg.sampler, cfg.interval):
                     states = (states if cfg.gif else []) + [denormalise(x, state["scale"])]
             for frame, z in enumerate(states):

@@ -25,21 +25,21 @@ DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
 PRESET = ""                 # the row below to start from; empty: --data's own, imagenet's for a folder
 SIZE = 0                    # pixels a side; 0: shapes 32, cifar10 64, all else 256
 OUT = ""                    # the run's folder; empty: out/<data>
-MAX_STEPS = 1000            # updates of the VAE, and of the discriminator
-BATCH_SIZE = 64             # images per micro-step, over all processes
+MAX_STEPS = 1500            # updates of the VAE, and of the discriminator
+BATCH_SIZE = 16             # images per micro-step, over all processes
 ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 250            # updates between validations, pictures and checkpoints
+EVAL_EVERY = 500            # updates between validations, pictures and checkpoints
 EVAL_IMAGES = 1000          # validation images used, the same ones each time
 LOG_EVERY = 10              # updates between rows of the log
 SEED = 0                    # of the weights, the order of the images and all noise
 RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run
 # model
-WIDTHS = (32, 64, 128)      # channels at each resolution; one halving between neighbours
-BLOCKS = 2                  # residual blocks at each resolution (the decoder has one more)
+WIDTHS = (24, 48)           # channels at each resolution; one halving between neighbours
+BLOCKS = 1                  # residual blocks at each resolution (the decoder has one more)
 Z_CHANNELS = 4              # of the latent
-ATTENTION = True            # self-attention at the lowest resolution
-DISC_WIDTH = 64             # channels of the discriminator's first layer
+ATTENTION = False           # self-attention at the lowest resolution
+DISC_WIDTH = 32             # channels of the discriminator's first layer
 # loss
 L1_WEIGHT = 0.8             # pixel loss = (1 - this) * mse + this * l1
 KL_WEIGHT = 1e-2            # on the KL per latent element, after the warmup
@@ -62,10 +62,10 @@ COMPILE = None              # torch.compile; unset: on a GPU
 # -------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
-    "cifar10": dict(WIDTHS=(64, 128, 128), MAX_STEPS=117_000, BATCH_SIZE=128, LR=8e-4, DISC_LR=2.4e-3,
-                    DISC_LR_MIN=1e-6, EVAL_EVERY=2000),
-    "imagenet": dict(WIDTHS=(128, 256, 512, 512), MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, LR=1e-4,
-                     DISC_LR=3e-4, EVAL_EVERY=1000),
+    "cifar10": dict(MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256), BLOCKS=2, ATTENTION=True,
+                    DISC_WIDTH=64, LR=8e-4, DISC_LR=2.4e-3, DISC_LR_MIN=1e-6),
+    "imagenet": dict(MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512), BLOCKS=2,
+                     ATTENTION=True, DISC_WIDTH=64, LR=1e-4, DISC_LR=3e-4),
 }
 BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
 
@@ -247,6 +247,34 @@ class Perceptual(nn.Module):
 
 # ---- training -----------------------------------------------------------------------------------
 
+def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, steps, autocast):
+    """Add the gradients of both players on images x [b, 3, s, s], 1/steps of each, from one forward of the VAE.
+
+    The discriminator sees a detached reconstruction and is frozen in the VAE's pass, so neither loss
+    reaches the other's weights. `run_*` are the compiled or distributed modules -> names and values [n].
+    """
+    with autocast:
+        recon, mean, logvar = run_vae(x, noise)
+        logits, features = run_disc(torch.cat([x, recon.detach()]))
+        real, fake = logits.chunk(2)
+        disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
+    (disc_loss / steps).backward()
+
+    disc.requires_grad_(False)
+    with autocast:
+        fake_logits, fake_features = disc(recon)
+        terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), "kl": kl_loss(mean, logvar),
+                 "adv": generator_loss(fake_logits, cfg.gan_loss),
+                 "fm": feature_loss(fake_features, [f[:len(x)].detach() for f in features])}
+        if perceptual:
+            terms["perceptual"] = perceptual(recon, x)
+        loss = sum(weights[name] * value for name, value in terms.items())
+    (loss / steps).backward()
+    disc.requires_grad_(True)
+    values = {**terms, "loss": loss, "disc": disc_loss, "real": real.mean(), "fake": fake.mean()}
+    return list(values), torch.stack(list(values.values())).detach()
+
+
 def cosine(start, end, progress):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -319,10 +347,9 @@ def main(argv=None):
     say(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * vae.factor ** 2 / cfg.z_channels:.3g} "
         f"x the KL summed against the pixel loss summed")
 
-    compiled = (lambda m: torch.compile(m)) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else lambda m: m
-    run_vae, run_disc, frozen_disc = compiled(vae), compiled(disc), compiled(disc)
-    if world > 1:
-        run_vae, run_disc = DDP(run_vae), DDP(run_disc)
+    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+        vae.compile(), disc.compile()                       # in place: the names of the weights stay
+    run_vae, run_disc = (DDP(vae), DDP(disc)) if world > 1 else (vae, disc)
 
     def save(step):
         if rank == 0:
@@ -364,32 +391,15 @@ def main(argv=None):
         noise_source.manual_seed(cfg.seed * 1_000_003 + step)
         flips = torch.rand(batch, 1, 1, 1, device=device, generator=noise_source) < 0.5 * train.flip
         noise = torch.randn(z_shape, device=device, generator=noise_source)
+        weights = {"pixel": 1.0, "kl": kl_weight, "adv": adv_weight, "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight}
         sums = 0
         for k in range(steps):
             rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
             x = data.to_float(next(batches)[0])
             x = torch.where(flips[rows], x.flip(3), x)
-            sync = k == steps - 1
-            with data.grad_sync(run_vae, sync), autocast:
-                recon, mean, logvar = run_vae(x, noise[rows])
-            disc.requires_grad_(True)
-            with data.grad_sync(run_disc, sync), autocast:
-                logits, features = run_disc(torch.cat([x, recon.detach()]))
-                real, fake = logits.chunk(2)
-                disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
-                (disc_loss / steps).backward()
-            disc.requires_grad_(False)                      # its gradients are the loss above's alone
-            with data.grad_sync(run_vae, sync), autocast:
-                fake_logits, fake_features = frozen_disc(recon)
-                terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), "kl": kl_loss(mean, logvar),
-                         "adv": generator_loss(fake_logits, cfg.gan_loss),
-                         "fm": feature_loss(fake_features, [f[:micro].detach() for f in features])}
-                weights = {"pixel": 1.0, "kl": kl_weight, "adv": adv_weight, "fm": cfg.fm_weight}
-                if perceptual:
-                    terms["perceptual"], weights["perceptual"] = perceptual(recon, x), cfg.perceptual_weight
-                loss = sum(weights[name] * terms[name] for name in terms)
-                (loss / steps).backward()
-            sums = sums + torch.stack([*terms.values(), loss, disc_loss, real.mean(), fake.mean()]).detach() / steps
+            with data.grad_sync(k == steps - 1, run_vae, run_disc):
+                names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast)
+            sums = sums + values / steps
 
         # clip, step
         vae_norm = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip)
@@ -407,8 +417,8 @@ def main(argv=None):
 
         # log
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps:
-            values = dict(zip([*terms, "loss", "disc", "real", "fake"], sums.tolist()))
-            shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in terms}
+            values = dict(zip(names, sums.tolist()))
+            shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in weights if name in values}
             log.row(step + 1, batch, ("pixel", "kl", "adv", "fm", "disc", "val_psnr"), **values, **shares,
                     vae_norm=float(vae_norm), disc_norm=float(disc_norm), lr=vae_opt.param_groups[0]["lr"])
     say(f"\n{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items() if key[:2] in ("va", "z_")))
