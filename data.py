@@ -122,20 +122,21 @@ def center_crop(image, size):
 
 
 class Images:
-    """One split: N images as uint8 [3, size, size] with a class index each.
+    """One split: images uint8 [3, size, size] and a class index each.
 
-    `pixels` [N, 3, size, size] where the split is resident, else None and `files` holds the paths.
+    A split of up to RESIDENT_BYTES is decoded at once into `pixels` [n, 3, size, size]; a larger one is
+    read file by file. `flip` says whether a mirrored image is still one of its class.
     """
 
-    def __init__(self, classes, labels, size, pixels=None, files=None, flip=True):
-        self.classes, self.size, self.flip = classes, size, flip        # flip: mirroring keeps the class
+    def __init__(self, classes, labels, size, files=None, pixels=None, flip=True):
+        self.classes, self.size, self.flip, self.pixels, self.bad = classes, size, flip, pixels, set()
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        # fixed-width bytes, not a list: a million Python strings would be copied into every worker
-        self.files = None if files is None else np.array([os.fsencode(f) for f in files])
-        self.pixels, self.bad = pixels, {}
-        if files is not None and len(files) * 3 * size * size <= RESIDENT_BYTES:
-            with ThreadPoolExecutor() as pool:
-                self.pixels = torch.stack(list(pool.map(self.read, range(len(files)))))
+        if files is not None:
+            # fixed-width bytes: a list of a million strings would be copied into every worker
+            self.files = np.array([os.fsencode(file) for file in files])
+            if len(files) * 3 * size * size <= RESIDENT_BYTES:
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    self.pixels = torch.cat(list(pool.map(self.read_all, torch.arange(len(files)).split(100))))
 
     def __len__(self):
         return len(self.labels)
@@ -147,81 +148,82 @@ class Images:
     def to(self, device):
         self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
+    def __getitems__(self, rows):
+        """Rows int64 [m] -> uint8 [m, 3, size, size], int64 [m]."""
+        return self.pixels[rows] if self.resident else self.read_all(rows), self.labels[rows]
+
+    def read_all(self, rows):
+        return torch.stack([torch.from_numpy(self.read(row)).permute(2, 0, 1) for row in rows.tolist()])
+
     def read(self, row):
-        """Decode one file; an unreadable one is named once and the next readable one stands in."""
+        """Decode one file; an unreadable one is named once and the next readable one stands in for it."""
         while True:
             file = os.fsdecode(self.files[row])
             try:
-                return torch.from_numpy(center_crop(open_image(file), self.size).transpose(2, 0, 1).copy())
+                return center_crop(open_image(file), self.size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if row not in self.bad:
-                    print(f"unreadable image {file}: {error}; the next one takes its place", file=sys.stderr)
-                self.bad[row] = file
+                    print(f"unreadable image {file} ({error}): the next one stands in for it", file=sys.stderr)
+                self.bad.add(row)
             if len(self.bad) > len(self) / 100:
-                raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, "
-                                 f"{file} among them; repair or remove them")
+                raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, among them {file}: "
+                                 f"repair or remove them")
             row = (row + 1) % len(self)
-
-    def __getitems__(self, rows):
-        """Rows (a list or int64 [m]) -> uint8 [m, 3, size, size], int64 [m]."""
-        if self.resident:
-            return self.pixels[rows], self.labels[rows]
-        return torch.stack([self.read(row) for row in rows.tolist()]), self.labels[rows]
 
 
 def list_folder(folder, classes=None):
-    """<folder>/<class>/* -> class names, paths, labels, in sorted order; files of other types are left out."""
-    names = classes or sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    """<folder>/<class>/<image files> -> class names, paths, labels, all sorted."""
+    def names(path, keep):
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if keep(entry) and entry.name[0] != ".")
+
+    classes = classes or names(folder, lambda entry: entry.is_dir())
     files, labels = [], []
-    for k, name in enumerate(names):
-        inside = sorted(e.name for e in os.scandir(os.path.join(folder, name))
-                        if os.path.splitext(e.name)[1].lower() in IMAGE_TYPES and e.name[0] != "."
-                        ) if os.path.isdir(os.path.join(folder, name)) else []
-        files += [os.path.join(folder, name, f) for f in inside]
-        labels += [k] * len(inside)
-    return names, files, labels
+    for label, name in enumerate(classes):
+        path = os.path.join(folder, name)
+        found = names(path, lambda entry: os.path.splitext(entry.name)[1].lower() in IMAGE_TYPES) if os.path.isdir(path) else []
+        files += [os.path.join(path, file) for file in found]
+        labels += [label] * len(found)
+    return classes, files, labels
 
 
 def load(data, data_dir="", size=0):
-    """A dataset by name or folder -> (train, val), two `Images`. Stops with one line if it is not there."""
+    """A dataset by name or folder -> (train, val), two `Images`; stops and names what is missing."""
     size = size or SIZES.get(data, 256)
     if data == "shapes" and not data_dir:
-        return [Images(list(SHAPES), torch.arange(n) % len(SHAPES), size, draw_shapes(split, range(n), size), flip=False)
-                for split, n in SHAPES_COUNT.items()]
-    named = data in ("cifar10", "imagenet", "shapes")
-    folder = data_dir or (os.path.join("data", data) if named else data)
-    if data == "cifar10" and not os.path.isdir(os.path.join(folder, "train")):
+        return [Images(list(SHAPES), torch.arange(count) % len(SHAPES), size, flip=False,
+                       pixels=draw_shapes(split, range(count), size)) for split, count in SHAPES_COUNT.items()]
+    folder = data_dir or (os.path.join("data", data) if data in ("cifar10", "imagenet") else data)
+    train_folder, val_folder = os.path.join(folder, "train"), os.path.join(folder, "val")
+    if data == "cifar10" and not os.path.isdir(train_folder):
         return load_cifar10(folder, size)
     if not os.path.isdir(folder):
-        raise SystemExit(f"error: no dataset at {folder}: expected {folder}/train/<class>/<image files>"
-                         + ("" if named else "; the named datasets are shapes, cifar10 and imagenet"))
-    root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
-    classes, files, labels = list_folder(root)
-    if not files or len(set(labels)) < 2:
-        raise SystemExit(f"error: {root} holds {len(files)} images in {len(set(labels))} classes: expected "
-                         f"{root}/<class>/<image files> with two classes or more")
-    if os.path.isdir(os.path.join(folder, "val")):
-        _, val_files, val_labels = list_folder(os.path.join(folder, "val"), classes)
+        raise SystemExit(f"error: no folder {folder}: expected {train_folder}/<class>/<image files>, or --data shapes, "
+                         f"cifar10 or imagenet with --data-dir")
+    train_folder = train_folder if os.path.isdir(train_folder) else folder
+    classes, files, labels = list_folder(train_folder)
+    if len(set(labels)) < 2:
+        raise SystemExit(f"error: {train_folder} holds {len(files)} images in {len(set(labels))} classes: expected "
+                         f"{train_folder}/<class>/<image files> with two classes or more")
+    if os.path.isdir(val_folder):
+        _, val_files, val_labels = list_folder(val_folder, classes)
+        if not val_files:
+            raise SystemExit(f"error: {val_folder} holds no image of the classes in {train_folder}: fill or remove it")
     else:
         val_files, val_labels = files[::HOLD_OUT], labels[::HOLD_OUT]
-        kept = np.arange(len(files)) % HOLD_OUT > 0
-        files, labels = list(np.array(files)[kept]), np.array(labels)[kept]
-    if not val_files:
-        raise SystemExit(f"error: {folder}/val holds no image of the classes in {root}: fill it or remove it")
-    return Images(classes, labels, size, files=files), Images(classes, val_labels, size, files=val_files)
+        del files[::HOLD_OUT], labels[::HOLD_OUT]
+    return Images(classes, labels, size, files), Images(classes, val_labels, size, val_files)
 
 
 def load_cifar10(folder, size):
-    """CIFAR-10 by torchvision, downloaded on first use and upscaled to `size`."""
+    """CIFAR-10 by torchvision, downloaded on first use, upscaled to `size`."""
     try:
         parts = [torchvision.datasets.CIFAR10(folder, train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"error: no CIFAR-10 at {folder} and downloading failed ({error}): "
-                         f"connect once, or put the images at {folder}/train/<class>/ and {folder}/val/<class>/")
-    with ThreadPoolExecutor() as pool:
-        pixels = [np.stack(list(pool.map(lambda a: center_crop(Image.fromarray(a), size), part.data))) for part in parts]
-    return [Images(part.classes, part.targets, size, torch.from_numpy(p).permute(0, 3, 1, 2).contiguous())
-            for part, p in zip(parts, pixels)]
+        raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put the images at "
+                         f"{folder}/train/<class>/ and {folder}/val/<class>/")
+    return [Images(part.classes, part.targets, size, pixels=torch.from_numpy(np.stack(
+        [center_crop(Image.fromarray(image), size) for image in part.data])).permute(0, 3, 1, 2).contiguous()) for part in parts]
 
 
 # ---- the order of the batches -------------------------------------------------------------------
@@ -463,6 +465,17 @@ def newest(name, made_by):
     return str(found[-1])
 
 
+def folder_of(dataset):
+    return os.path.join("out", os.path.basename(os.path.normpath(dataset)))
+
+
+def run_folder(given, name, made_by, default):
+    """The run's folder that the flags mean: --out, else out/<data>, else with --resume the newest run's."""
+    if "out" in given or "data" in given:
+        return given.get("out") or folder_of(given["data"])
+    return os.path.dirname(newest(name, made_by)) if given.get("resume") else default
+
+
 def begin(cfg, name, made_by, say):
     """Make the run's folder -> the checkpoint to go on from, or None; refuse to start over on top of one.
 
@@ -485,32 +498,32 @@ def begin(cfg, name, made_by, say):
 
 
 class Log:
-    """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed."""
+    """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed.
+
+    `values` keeps the latest of every column. Only the process with `active` writes.
+    """
 
     def __init__(self, path, step, total, active):
-        self.path, self.total, self.active, self.values = path, total, active, {}
-        self.last, self.since, self.printed = step, time.perf_counter(), 0.0
-        if not active:
-            return
-        rows = []
-        if step and os.path.exists(path):                   # a resumed run drops what came after its checkpoint
-            with open(path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-        self.columns = list(rows[0]) if rows else None
-        replace_file(path, lambda f: f.write(b""))
-        for row in rows:
-            self.write(row)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
-        except ImportError:
-            self.board = None
+        self.path, self.total, self.active, self.values, self.board = path, total, active, {}, None
+        self.step, self.clock, self.shown = step, time.perf_counter(), 0.0
+        if active:
+            rows = []
+            if step and os.path.exists(path):               # a resumed run drops what came after its checkpoint
+                with open(path, newline="") as f:
+                    rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
+            replace_file(path, lambda f: None)
+            for row in rows:
+                self.write(row)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
 
     def write(self, row):
-        new, self.columns = self.columns is None or not os.path.getsize(self.path), self.columns or list(row)
-        with open(self.path, "a", newline="") as f:
-            writer = csv.DictWriter(f, self.columns, restval="", extrasaction="ignore")
-            if new:
+        with open(self.path, "a+", newline="") as f:
+            f.seek(0)
+            columns = next(csv.reader(f), None)
+            writer = csv.DictWriter(f, columns or list(row), restval="", extrasaction="ignore")
+            if not columns:
                 writer.writeheader()
             writer.writerow(row)
 
@@ -519,33 +532,32 @@ class Log:
         """Time spent in here does not count as training."""
         start = time.perf_counter()
         yield
-        self.since += time.perf_counter() - start
+        self.clock += time.perf_counter() - start
 
     def row(self, step, batch, show, **values):
-        """Log `values` at `step` after updates of `batch` images; the terminal line shows the `show` ones."""
+        """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""
         now = time.perf_counter()
-        seconds, self.last, self.since = (now - self.since) / (step - self.last), step, now
+        seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
         self.values |= {"step": step, **values, "images/s": batch / seconds}
         if not self.active:
             return
-        self.write({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in self.values.items()})
+        self.write({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in self.values.items()})
         if self.board:
             for key, value in self.values.items():
                 self.board.add_scalar(key, value, step)
-        left = (self.total - step) * seconds
-        line = (f"step {step:,}/{self.total:,}  {left / 60:.1f} min left  {batch / seconds:.0f} images/s  "
+        line = (f"step {step:,}/{self.total:,}  {(self.total - step) * seconds / 60:.1f} min left  {batch / seconds:.0f} images/s  "
                 + "  ".join(f"{key} {self.values[key]:.4g}" for key in show if key in self.values))
         if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="", flush=True)
-        elif now - self.printed > 10 or step == self.total:
+            print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
+        elif now - self.shown > 10 or step == self.total:
+            self.shown = now
             print(line, flush=True)
-            self.printed = now
 
 
 def main(argv=None):
     cfg = SimpleNamespace(**{"data": DATA, "data_dir": DATA_DIR, "size": SIZE, "out": OUT} | flags(globals(), argv))
     train, val = load(cfg.data, cfg.data_dir, cfg.size)
-    out = cfg.out or os.path.join("out", os.path.basename(os.path.normpath(cfg.data)))
+    out = cfg.out or folder_of(cfg.data)
     os.makedirs(out, exist_ok=True)
     counts = np.bincount(train.labels, minlength=len(train.classes))
     print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images, {train.size}x{train.size}, "

@@ -446,27 +446,27 @@ def load_denoiser(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False), vae, state
 
 
-def find_vae(given):
-    """The vae.pt that these flags mean."""
-    beside = os.path.join(given.get("out", ""), "vae.pt")
+def find_vae(given, out):
+    """The vae.pt that these flags mean: --vae, what a resumed run names, the one in the run's folder, or the newest."""
     if "vae" in given:
         return given["vae"]
-    if "out" in given and os.path.exists(beside):
-        return beside
-    if "data" in given:
-        return os.path.join("out", os.path.basename(os.path.normpath(given["data"])), "vae.pt")
-    return data.newest("vae.pt", "vae.py")
+    if given.get("resume"):
+        return os.path.join(out, data.load_checkpoint(os.path.join(out, "diffusion.pt"), "diffusion.py")["vae"])
+    if out and os.path.exists(os.path.join(out, "vae.pt")):
+        return os.path.join(out, "vae.pt")
+    return os.path.join(data.folder_of(given["data"]), "vae.pt") if "data" in given else data.newest("vae.pt", "vae.py")
 
 
 def main(argv=None):
     given = data.flags(globals(), argv)
     rank, world, device = data.start_processes(given.get("device", DEVICE))
     say = print if rank == 0 else lambda *a, **k: None
-    vae_file = find_vae(given)
+    out = data.run_folder(given, "diffusion.pt", "diffusion.py", "")
+    vae_file = find_vae(given, out)
     vae, vae_state = load_vae(vae_file, device)
     of_vae = data.SimpleNamespace(**vae_state["config"])
     cfg = data.settings(globals(), given, PRESETS, given.get("preset", of_vae.preset))
-    cfg.out, cfg.data = cfg.out or os.path.dirname(vae_file), cfg.data or of_vae.data
+    cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or of_vae.data
     cfg.data_dir, cfg.size = cfg.data_dir or of_vae.data_dir, cfg.size or of_vae.size
     say(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {of_vae.data}")
     state = data.begin(cfg, "diffusion.pt", "diffusion.py", say)
@@ -489,6 +489,9 @@ def main(argv=None):
     ema.load_state_dict(model.state_dict())
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     if state:
+        if state["vae_fingerprint"] != facts["vae"]:
+            raise SystemExit(f"error: {cfg.out}/diffusion.pt was trained on another VAE than {vae_file}: put the old vae.pt "
+                             f"back, or start again with --overwrite")
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
     start = state["step"] if state else 0
     say(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -23,7 +23,7 @@ import data
 DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
 DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
 PRESET = ""                 # the row below to start from; empty: --data's own, imagenet's for a folder
-SIZE = 0                    # pixels a side; 0: shapes 32, cifar10 64, all else 256
+SIZE = 32                   # pixels a side
 OUT = ""                    # the run's folder; empty: out/<data>
 MAX_STEPS = 1500            # updates of the VAE, and of the discriminator
 BATCH_SIZE = 16             # images per micro-step, over all processes
@@ -62,9 +62,9 @@ COMPILE = None              # torch.compile; unset: on a GPU
 # -------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
-    "cifar10": dict(MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256), BLOCKS=2, ATTENTION=True,
+    "cifar10": dict(SIZE=64, MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256), BLOCKS=2, ATTENTION=True,
                     DISC_WIDTH=64, LR=8e-4, DISC_LR=2.4e-3, DISC_LR_MIN=1e-6),
-    "imagenet": dict(MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512), BLOCKS=2,
+    "imagenet": dict(SIZE=256, MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512), BLOCKS=2,
                      ATTENTION=True, DISC_WIDTH=64, LR=1e-4, DISC_LR=3e-4),
 }
 BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
@@ -318,7 +318,7 @@ def main(argv=None):
     cfg = data.settings(globals(), given, PRESETS, given.get("preset", given.get("data", DATA)))
     rank, world, device = data.start_processes(cfg.device)
     say = print if rank == 0 else lambda *a, **k: None
-    cfg.out = cfg.out or os.path.join("out", os.path.basename(os.path.normpath(cfg.data)))
+    cfg.out = data.run_folder(given, "vae.pt", "vae.py", data.folder_of(cfg.data))
     state = data.begin(cfg, "vae.pt", "vae.py", say)
     train, val = data.load(cfg.data, cfg.data_dir, cfg.size)
     cfg.size, cfg.classes, cfg.flip = train.size, train.classes, train.flip
