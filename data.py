@@ -118,7 +118,7 @@ def center_crop(image, size):
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top:top + size, left:left + size]
+    return np.array(image)[top:top + size, left:left + size]
 
 
 class Images:

@@ -372,8 +372,9 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
                 if os.path.exists(name):
                     os.remove(name)
             moments = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-            with open(file, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))    # a full disk says so here, not in a crash
+            if hasattr(os, "posix_fallocate"):                              # a full disk says so here, not in a crash
+                with open(file, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
             np.lib.format.open_memmap(done_file, "w+", np.uint8, (blocks,)).flush()
             data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
     if world > 1:

@@ -1,6 +1,6 @@
-"""Every test: python -m pytest -q test_all.py  (CPU, no network, a few minutes).
+"""Every test: python -m pytest -q test_all.py  (CPU, no network, a minute or two).
 
---slow adds the judge of the README: it trains the default pipeline with no flags and names 500 samples.
+SLOW=1 python -m pytest -qs test_all.py -k judge  repeats the README's measurement on `shapes`, in ten minutes.
 """
 import csv
 import math
@@ -662,3 +662,44 @@ def test_read_only_folder(images, tmp_path):
     blocked.write_text("")                                      # no folder can be made below a file, even by root
     done = command("vae.py", "--data", images, *TINY_VAE, "--out", blocked / "run")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- the README's measurement ---------------------------------------------------------------------
+
+def train_judge(train, steps=900):
+    """A small classifier of 32x32 images, trained on a split -> a function from float images to classes."""
+    def layer(c_in, c_out, stride):
+        return [torch.nn.Conv2d(c_in, c_out, 3, stride, 1), torch.nn.BatchNorm2d(c_out), torch.nn.ReLU()]
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*layer(3, 32, 1), *layer(32, 64, 2), *layer(64, 64, 1), *layer(64, 128, 2), *layer(128, 128, 2),
+                                torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(512, 10))
+    opt = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps)
+    for step in range(steps):
+        x, y = train.__getitems__(data.order(len(train), 128 * step, 128, seed=1))
+        F.cross_entropy(model(data.to_float(x)), y).backward()
+        opt.step(), opt.zero_grad(), schedule.step()
+    model.eval().requires_grad_(False)
+    return lambda x: torch.cat([model(part).argmax(1) for part in x.split(500)])
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="ten minutes: set SLOW=1")
+def test_judge_of_the_default_pipeline(tmp_path):
+    start = time.time()
+    for script in ("vae.py", "diffusion.py", "sample.py"):
+        subprocess.run([sys.executable, HERE / script], cwd=tmp_path, check=True)
+        print(f"{script}: {time.time() - start:.0f} s since the start")
+    run = tmp_path / "out" / "shapes"
+    sample.main(["--out", str(run), "--n", "500", "--npz", str(tmp_path / "samples.npz")])
+    train, val = data.load("shapes")
+    judge, x = train_judge(train), data.to_float(val.pixels)
+    model, _ = vae.load_vae(run / "vae.pt")
+    recon = torch.cat([model(part, torch.zeros(()))[0] for part in x.split(500)]).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (recon - x).square().mean((1, 2, 3))).mean()
+    samples = np.load(tmp_path / "samples.npz")
+    named = judge(data.to_float(torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2))) == torch.from_numpy(samples["arr_1"])
+    on_val, on_recon, on_samples = (judge(x) == val.labels).float().mean(), (judge(recon) == val.labels).float().mean(), named.float().mean()
+    print(f"judge on val {on_val:.1%}, on reconstructions {on_recon:.1%} (PSNR {psnr:.2f} dB), on 500 samples {on_samples:.1%}: "
+          + ", ".join(f"{name} {named[samples['arr_1'] == k].float().mean():.0%}" for k, name in enumerate(train.classes)))
+    assert on_val >= 0.98 and psnr >= 30 and on_recon >= 0.95 and on_samples >= 0.9
