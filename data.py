@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import math
 import os
 import pathlib
 import re
@@ -98,10 +99,10 @@ def draw_shapes(split, rows, size=32):
 def open_image(file):
     """Any image that Pillow reads -> 8-bit RGB, upright; transparency goes on white."""
     image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode[0] in "IF":                   # 16-bit and float greyscale: convert() would clip them
+    if image.mode[0] in "IF":                   # 16-bit or float greyscale: convert() would clip it
         grey = np.asarray(image, np.float32)
-        scale = 1 / 257 if grey.max() > 255 else 255 if grey.max() <= 1 and image.mode == "F" else 1
-        image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+        grey = grey / 257 if image.mode[0] == "I" else grey * (255 if grey.max() <= 1 else 1)
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -258,13 +259,9 @@ def feed(source, schedule, device):
     else:
         loader = torch.utils.data.DataLoader(
             source, batch_sampler=schedule, num_workers=WORKERS, prefetch_factor=4, persistent_workers=True,
-            pin_memory=device.type == "cuda", collate_fn=as_is, worker_init_fn=ignore_ctrl_c)
+            pin_memory=device.type == "cuda", collate_fn=tuple, worker_init_fn=ignore_ctrl_c)
         for batch in loader:
             yield [part.to(device, non_blocking=True) for part in batch]
-
-
-def as_is(batch):
-    return batch
 
 
 def ignore_ctrl_c(worker):
@@ -326,23 +323,38 @@ def settings(script, given, presets, preset):
         raise SystemExit(f"error: no preset {preset}: choose one of {', '.join(presets)}")
     preset = preset if preset in presets else "imagenet"
     block = {name: script[name] for name, _ in fenced(script)} | presets[preset]
-    return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | {"preset": preset} | given,
-                           given=set(given))
+    return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | {"preset": preset} | given)
 
 
 # ---- processes ----------------------------------------------------------------------------------
 
-def start_processes(device=""):
-    """Join the group if torchrun started this process -> rank, world size, device."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+def start(cfg):
+    """Choose the device, join the group if torchrun started this process -> rank, world size, device, autocast.
+
+    Settles cfg.bf16 and cfg.compile where they are unset.
+    """
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), cfg.device
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
-    return rank, world, torch.device(device)
+    cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
+    cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
+    return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+
+
+def say(*args, **kwargs):
+    """print() in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*args, **kwargs, flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def share(cfg, world):
@@ -365,29 +377,18 @@ def schedule(n, micro, steps, start, stop, rank, world, seed):
         yield order(n, (k * world + rank) * micro, micro, seed)
 
 
-@contextlib.contextmanager
-def grad_sync(on, *modules):
-    """Around forward and backward: DDP averages gradients only where `on`, at an update's last micro-step."""
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            if not on and hasattr(module, "no_sync"):
-                stack.enter_context(module.no_sync())
-        yield
-
-
 def bf16_pays(device):
-    """Whether a matrix product is faster in bfloat16 here: true on GPUs since Ampere, on CPUs since about 2023."""
+    """Whether bfloat16 is faster here: on GPUs since Ampere; on a CPU by timing a matrix product."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, runs = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
+    for a in (torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)):
+        clock = []
+        for _ in range(6):
             a @ a
-            runs.append(time.perf_counter() - start)
-        seconds.append(min(runs))
-    return seconds[1] < 0.7 * seconds[0]
+            clock.append(time.perf_counter())
+        seconds.append(np.diff(clock).min())
+    return bool(seconds[1] < 0.7 * seconds[0])
 
 
 class Signals:
@@ -402,13 +403,16 @@ class Signals:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self.caught = number
 
-    def stop(self):
-        """The signal that any process has caught, or 0: all ranks must agree before one leaves the loop."""
-        if dist.is_initialized():
+    def check(self, step, save):
+        """Save and leave if any process has caught one: status 0 after SIGTERM, a scheduler's, else 1."""
+        if dist.is_initialized():                       # all must agree before one leaves the loop
             caught = torch.tensor(self.caught)
             dist.all_reduce(caught, dist.ReduceOp.MAX)
             self.caught = int(caught)
-        return self.caught
+        if self.caught:
+            save(step)
+            say(f"\nsaved at step {step:,}; go on with --resume")
+            sys.exit(0 if self.caught == signal.SIGTERM else 1)
 
 
 def guard(main):
@@ -476,7 +480,7 @@ def run_folder(given, name, made_by, default):
     return os.path.dirname(newest(name, made_by)) if given.get("resume") else default
 
 
-def begin(cfg, name, made_by, say):
+def begin(cfg, given, name, made_by):
     """Make the run's folder -> the checkpoint to go on from, or None; refuse to start over on top of one.
 
     With --resume the settings are the checkpoint's, but for the flags given now, which are named.
@@ -486,9 +490,9 @@ def begin(cfg, name, made_by, say):
     if cfg.resume:
         state = load_checkpoint(path, made_by)
         for key, old in state["config"].items():
-            if key in cfg.given and getattr(cfg, key) != old:
-                say(f"resume: {key} was {old}, is now {getattr(cfg, key)}")
-            elif key not in ("resume", "overwrite", "out", "device"):
+            if key in given and given[key] != old:
+                say(f"resume: {key} was {old}, is now {given[key]}")
+            elif key not in given and key not in ("resume", "out", "device"):
                 setattr(cfg, key, old)
         say(f"resuming {path} at step {state['step']:,}")
         return state
@@ -505,7 +509,7 @@ class Log:
 
     def __init__(self, path, step, total, active):
         self.path, self.total, self.active, self.values, self.board = path, total, active, {}, None
-        self.step, self.clock, self.shown = step, time.perf_counter(), 0.0
+        self.step, self.clock, self.shown, self.in_a_row = step, time.perf_counter(), 0.0, 0
         if active:
             rows = []
             if step and os.path.exists(path):               # a resumed run drops what came after its checkpoint
@@ -533,6 +537,21 @@ class Log:
         start = time.perf_counter()
         yield
         self.clock += time.perf_counter() - start
+
+    def finite(self, step, *norms):
+        """Whether to apply an update with gradients of these norms; after ten in a row that are not finite, stop.
+
+        The norms are those of the averaged gradients, so that all processes decide alike.
+        """
+        finite = all(map(math.isfinite, norms))
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.values["skipped"] = self.values.get("skipped", 0) + (not finite)
+        if not finite:
+            say(f"\nstep {step}: gradient not finite, update skipped")
+        if self.in_a_row == 10:
+            raise SystemExit("error: ten updates in a row were not finite; the checkpoint is from before: go on with "
+                             "--resume and a lower --lr, or --no-bf16")
+        return finite
 
     def row(self, step, batch, show, **values):
         """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""

@@ -12,11 +12,9 @@ import hashlib
 import json
 import math
 import os
-import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -352,7 +350,7 @@ class Latents:
 
 
 @torch.no_grad()
-def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast, say):
+def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast):
     """Encode every image and its mirror into one memory map; goes on where it stopped -> the scale, 1 / std.
 
     Block i of ENCODE_BATCH images is the work of process i % world; `.done` keeps a byte for each.
@@ -377,8 +375,7 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
                     os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
             np.lib.format.open_memmap(done_file, "w+", np.uint8, (blocks,)).flush()
             data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
-    if world > 1:
-        dist.barrier()
+    data.barrier()
     moments, done = np.load(file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
     todo = [i for i in range(rank, blocks, world) if not done[i]]
     rows = [torch.arange(i * ENCODE_BATCH, min((i + 1) * ENCODE_BATCH, len(train))) for i in todo]
@@ -392,12 +389,11 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
         done[i] = 1
         if k % 10 == 9 or i == todo[-1]:
             rate = (k + 1) * ENCODE_BATCH * world / (data.time.perf_counter() - clock)
-            say(f"\rencoding {min((i + 1) * ENCODE_BATCH, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="", flush=True)
+            data.say(f"\rencoding {min((i + 1) * ENCODE_BATCH, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
     moments.flush(), done.flush()
     if todo:
-        say()
-    if world > 1:
-        dist.barrier()
+        data.say()
+    data.barrier()
     if not done.all():
         raise SystemExit(f"error: {file} misses {int((done == 0).sum())} of {blocks} blocks: run again")
     if rank == 0 and "scale" not in json.load(open(facts_file)):
@@ -408,8 +404,7 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
         mean, second = total / (moments.size / 2)
         scale = 1 / math.sqrt(second - mean ** 2)
         data.replace_file(facts_file, lambda f: f.write(json.dumps({**facts, "scale": scale, "mean": mean}).encode()))
-    if world > 1:
-        dist.barrier()
+    data.barrier()
     return json.load(open(facts_file))["scale"]
 
 
@@ -460,29 +455,26 @@ def find_vae(given, out):
 
 def main(argv=None):
     given = data.flags(globals(), argv)
-    rank, world, device = data.start_processes(given.get("device", DEVICE))
-    say = print if rank == 0 else lambda *a, **k: None
     out = data.run_folder(given, "diffusion.pt", "diffusion.py", "")
     vae_file = find_vae(given, out)
-    vae, vae_state = load_vae(vae_file, device)
+    vae, vae_state = load_vae(vae_file)
     of_vae = data.SimpleNamespace(**vae_state["config"])
     cfg = data.settings(globals(), given, PRESETS, given.get("preset", of_vae.preset))
     cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or of_vae.data
     cfg.data_dir, cfg.size = cfg.data_dir or of_vae.data_dir, cfg.size or of_vae.size
-    say(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {of_vae.data}")
-    state = data.begin(cfg, "diffusion.pt", "diffusion.py", say)
+    data.say(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {of_vae.data}")
+    state = data.begin(cfg, given, "diffusion.pt", "diffusion.py")
+    rank, world, device, autocast = data.start(cfg)
     train, _ = data.load(cfg.data, cfg.data_dir, cfg.size)
     cfg.classes, cfg.z_channels, cfg.side = train.classes, vae.z_channels, cfg.size // vae.factor
     micro, steps = data.share(cfg, world)
     batch, null = micro * steps * world, len(cfg.classes)
-    cfg.bf16 = data.bf16_pays(device) if cfg.bf16 is None else cfg.bf16
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
     torch.manual_seed(cfg.seed)
-    model = build(cfg).to(device)
+    vae, model = vae.to(device), build(cfg).to(device)
 
     latents_file = os.path.join(os.path.dirname(vae_file), "latents.npy")
     facts = {"vae": fingerprint(vae), "data": cfg.data, "size": cfg.size, "images": len(train)}
-    scale = precompute(vae, train, latents_file, facts, cfg.overwrite, rank, world, device, autocast, say)
+    scale = precompute(vae, train, latents_file, facts, cfg.overwrite, rank, world, device, autocast)
     latents = Latents(latents_file, train.labels.cpu())
     del train
 
@@ -495,11 +487,11 @@ def main(argv=None):
                              f"back, or start again with --overwrite")
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
     start = state["step"] if state else 0
-    say(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
+    data.say(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
         f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
 
-    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+    if cfg.compile:
         model.compile()                                     # in place: the names of the weights stay
     run = DDP(model) if world > 1 else model
     shown = min(null, 10)
@@ -514,13 +506,12 @@ def main(argv=None):
     def save(step):
         if rank == 0:
             data.replace_file(os.path.join(cfg.out, "diffusion.pt"), lambda f: torch.save(
-                {"made_by": "diffusion.py", "config": {k: v for k, v in vars(cfg).items() if k != "given"}, "step": step,
+                {"made_by": "diffusion.py", "config": vars(cfg), "step": step,
                  "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "scale": scale,
                  "vae": os.path.relpath(vae_file, cfg.out), "vae_fingerprint": facts["vae"]}, f))
 
     log, signals = data.Log(os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, rank == 0), data.Signals()
     batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
-    skipped = 0
     for step in range(start, cfg.max_steps + 1):
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
@@ -535,10 +526,7 @@ def main(argv=None):
                 save(step)
         if step == cfg.max_steps:
             break
-        if signals.stop():
-            save(step)
-            say(f"\nsaved {cfg.out}/diffusion.pt at step {step:,}; go on with --resume")
-            return sys.exit(0 if signals.caught == 15 else 1)
+        signals.check(step, save)
 
         # micro-steps
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
@@ -549,24 +537,17 @@ def main(argv=None):
             moments, y = next(batches)
             mean, logvar = moments.float().unbind(1)
             x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale)
-            with data.grad_sync(k == steps - 1, run):
-                with autocast:
-                    loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y, dropped[rows], null)
-                (loss.mean() / steps).backward()
+            run.require_backward_grad_sync = k == steps - 1             # DDP averages at the last micro-step only
+            with autocast:
+                loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y, dropped[rows], null)
+            (loss.mean() / steps).backward()
             losses[rows] = loss.detach()
 
         # clip, step
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
-        if math.isfinite(grad_norm):
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        if log.finite(step, grad_norm):
             opt.step()
             update_ema(ema, model, cfg.ema, step)
-            skipped = 0
-        else:
-            skipped += 1
-            say(f"\nstep {step}: gradient not finite, update skipped")
-            if skipped == 10:
-                raise SystemExit(f"error: ten updates in a row were not finite; {cfg.out}/diffusion.pt is from before: "
-                                 "--resume with a lower --lr, or with --no-bf16")
         opt.zero_grad()
 
         # log
@@ -575,7 +556,7 @@ def main(argv=None):
             quarters = {f"loss_t{q + 1}/4": losses[mine & (t * 4).long().eq(q)].mean().item() for q in range(4)}
             log.row(step + 1, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm,
                     lr=opt.param_groups[0]["lr"])
-    say(f"\n{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
+    data.say(f"\n{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import data
@@ -56,12 +55,11 @@ def find_class(word, classes):
 def main(argv=None):
     block = {name.lower(): globals()[name] for name, _ in data.fenced(globals())}
     cfg = SimpleNamespace(**block | data.flags(globals(), argv))
-    rank, world, device = data.start_processes(cfg.device)
+    rank, world, device, autocast = data.start(cfg)
     path = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
     model, vae, state = load_denoiser(path, device)
     run = SimpleNamespace(**state["config"])
-    if rank == 0:
-        print(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
+    data.say(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
     if cfg.sampler not in ("euler", "heun"):
         raise SystemExit(f"error: no sampler {cfg.sampler!r}: expected euler or heun")
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
@@ -71,7 +69,6 @@ def main(argv=None):
         chosen = chosen[::-(-null // 10)]
     n = cfg.n or 8 * len(chosen)
     labels = torch.tensor([chosen[i * len(chosen) // n] if n < len(chosen) else chosen[i % len(chosen)] for i in range(n)])
-    bf16 = data.bf16_pays(device) if cfg.bf16 is None else cfg.bf16
     if cfg.compile:
         model = torch.compile(model)
 
@@ -83,15 +80,14 @@ def main(argv=None):
         for folder in (cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
             os.makedirs(folder or ".", exist_ok=True)
         np.lib.format.open_memmap(canvas_file, "w+", np.uint8, (frames, n, run.size, run.size, 3))
-    if world > 1:
-        dist.barrier()
+    data.barrier()
     try:
         canvas = np.load(canvas_file, mmap_mode="r+")
         for first in range(rank * cfg.batch_size, n, world * cfg.batch_size):
             rows = slice(first, min(first + cfg.batch_size, n))
             x = start_noise(rows.stop - first, (run.z_channels, run.side, run.side), cfg.seed, first).to(device)
             states = [denormalise(x, state["scale"])] if cfg.gif else []
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast:
                 for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance,
                                     cfg.sampler, cfg.interval):
                     states = (states if cfg.gif else []) + [denormalise(x, state["scale"])]
@@ -99,10 +95,8 @@ def main(argv=None):
                 canvas[frame, rows] = data.to_uint8(vae.decode(z)).permute(0, 2, 3, 1).cpu().numpy()
             for i in range(first, rows.stop) if cfg.png else ():
                 data.replace_file(os.path.join(cfg.png, f"{i:06d}.png"), lambda f: Image.fromarray(canvas[-1, i]).save(f, "png"))
-            if rank == 0:
-                print(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="", flush=True)
-        if world > 1:
-            dist.barrier()
+            data.say(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="")
+        data.barrier()
         if rank == 0:
             columns = len(chosen) if 1 < len(chosen) <= 20 else 8
             if cfg.npz:

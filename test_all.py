@@ -479,7 +479,7 @@ def test_precompute_goes_on_where_it_stopped(trained, images, tmp_path, monkeypa
         return encode(x)
 
     model.encode = stumbling
-    args = model, train, file, {"vae": "a"}, False, 0, 1, torch.device("cpu"), torch.autocast("cpu", enabled=False), lambda *a, **k: None
+    args = model, train, file, {"vae": "a"}, False, 0, 1, torch.device("cpu"), torch.autocast("cpu", enabled=False)
     with pytest.raises(KeyboardInterrupt):
         diffusion.precompute(*args)
     diffusion.precompute(*args)
@@ -494,7 +494,14 @@ def run_until(monkeypatch, main, step, *flags):
     """main() as if Ctrl-C came at `step`."""
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(data.Signals, "stop", lambda self: asked.append(1) or signal.SIGINT * (len(asked) > step))
+        check = data.Signals.check
+
+        def interrupted(self, *args):
+            asked.append(1)
+            self.caught = signal.SIGINT * (len(asked) > step)
+            check(self, *args)
+
+        patch.setattr(data.Signals, "check", interrupted)
         with pytest.raises(SystemExit) as stop:
             main([str(flag) for flag in flags])
     assert stop.value.code == 1

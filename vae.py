@@ -9,7 +9,6 @@ reconstructions below).
 """
 import math
 import os
-import sys
 
 import torch
 import torch.nn as nn
@@ -294,7 +293,7 @@ def load_vae(path, device="cpu"):
 @torch.no_grad()
 def evaluate(vae, val, cfg, device, autocast):
     """Validation figures of the reconstructions from the mean, and 8 of them above each other, uint8."""
-    count, sums, picture = min(len(val), cfg.eval_images), torch.zeros(6, dtype=torch.float64), None
+    count, sums = min(len(val), cfg.eval_images), torch.zeros(5)
     for start in range(0, count, cfg.batch_size):
         rows = data.order(len(val), start, min(cfg.batch_size, count - start), seed=0)
         x = data.to_float(val.__getitems__(rows)[0].to(device))
@@ -302,33 +301,27 @@ def evaluate(vae, val, cfg, device, autocast):
             recon, mean, logvar = vae(x, torch.zeros((), device=device))
         recon = recon.clamp(-1, 1)
         mse = (recon - x).square().mean((1, 2, 3))
-        second = (mean.square() + logvar.exp()).mean((1, 2, 3))                 # of z, given the noise
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3))
-        psnr = 10 * torch.log10(4 / mse.clamp_min(1e-10))                       # images span 2, hence 4
-        sums += torch.stack([mse, psnr, kl, mean.mean((1, 2, 3)), second, logvar.exp().mean((1, 2, 3))], 1).double().sum(0).cpu()
-        if picture is None:
+        psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
+        second = mean.square() + logvar.exp()                           # moment of z, over the noise too
+        sums += len(x) * torch.stack([mse.mean(), psnr.mean(), kl_loss(mean, logvar), mean.mean(), second.mean()]).cpu()
+        if start == 0:
             picture = data.to_uint8(torch.cat([x[:8], recon[:8]]))
-    mse, psnr, kl, mean, second, var = (sums / count).tolist()
-    return {"val_mse": mse, "val_psnr": psnr, "val_kl": kl, "z_mean": mean, "z_std": math.sqrt(second - mean ** 2),
-            "posterior_std": math.sqrt(var)}, picture
+    mse, psnr, kl, mean, second = (sums / count).tolist()
+    return {"val_mse": mse, "val_psnr": psnr, "val_kl": kl, "z_mean": mean, "z_std": math.sqrt(second - mean ** 2)}, picture
 
 
 def main(argv=None):
     given = data.flags(globals(), argv)
     cfg = data.settings(globals(), given, PRESETS, given.get("preset", given.get("data", DATA)))
-    rank, world, device = data.start_processes(cfg.device)
-    say = print if rank == 0 else lambda *a, **k: None
     cfg.out = data.run_folder(given, "vae.pt", "vae.py", data.folder_of(cfg.data))
-    state = data.begin(cfg, "vae.pt", "vae.py", say)
-    train, val = data.load(cfg.data, cfg.data_dir, cfg.size)
-    cfg.size, cfg.classes, cfg.flip = train.size, train.classes, train.flip
-    if cfg.size % 2 ** (len(cfg.widths) - 1):
-        raise SystemExit(f"error: --size {cfg.size} is no multiple of {2 ** (len(cfg.widths) - 1)}, by which "
-                         f"{len(cfg.widths)} --widths downsample")
+    state = data.begin(cfg, given, "vae.pt", "vae.py")
+    rank, world, device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
-    batch = micro * steps * world
-    cfg.bf16 = data.bf16_pays(device) if cfg.bf16 is None else cfg.bf16
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
+    if cfg.size % factor:
+        raise SystemExit(f"error: --size {cfg.size} is no multiple of {factor}, by which {len(cfg.widths)} --widths downsample")
+    train, val = data.load(cfg.data, cfg.data_dir, cfg.size)
+    cfg.classes = train.classes
 
     torch.manual_seed(cfg.seed)
     vae, disc = build(cfg).to(device), Discriminator(cfg.size, cfg.disc_width).to(device)
@@ -339,36 +332,36 @@ def main(argv=None):
         vae.load_state_dict(state["vae"]), disc.load_state_dict(state["disc"])
         vae_opt.load_state_dict(state["vae_opt"]), disc_opt.load_state_dict(state["disc_opt"])
     start = state["step"] if state else 0
-    z_shape = (batch, cfg.z_channels, cfg.size // vae.factor, cfg.size // vae.factor)
-    say(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
+    z_shape = (batch, cfg.z_channels, cfg.size // factor, cfg.size // factor)
+    data.say(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
         f"{sum(p.numel() for p in vae.parameters()):,} and discriminator {sum(p.numel() for p in disc.parameters()):,} "
         f"parameters; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
         f"{' in bf16' if cfg.bf16 else ''}")
-    say(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * vae.factor ** 2 / cfg.z_channels:.3g} "
+    data.say(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels:.3g} "
         f"x the KL summed against the pixel loss summed")
 
-    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+    if cfg.compile:
         vae.compile(), disc.compile()                       # in place: the names of the weights stay
     run_vae, run_disc = (DDP(vae), DDP(disc)) if world > 1 else (vae, disc)
 
     def save(step):
         if rank == 0:
             data.replace_file(os.path.join(cfg.out, "vae.pt"), lambda f: torch.save(
-                {"made_by": "vae.py", "config": {k: v for k, v in vars(cfg).items() if k != "given"}, "step": step,
+                {"made_by": "vae.py", "config": vars(cfg), "step": step,
                  "vae": vae.state_dict(), "disc": disc.state_dict(),
                  "vae_opt": vae_opt.state_dict(), "disc_opt": disc_opt.state_dict()}, f))
 
     log, signals = data.Log(os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, rank == 0), data.Signals()
     batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
-    noise_source, skipped = torch.Generator(device), 0
+    source = torch.Generator(device)
     for step in range(start, cfg.max_steps + 1):
         # learning rates and warmups
         progress = step / cfg.max_steps
         for opt, lr, lr_min in ((vae_opt, cfg.lr, cfg.lr_min), (disc_opt, cfg.disc_lr, cfg.disc_lr_min)):
             for group in opt.param_groups:
                 group["lr"] = cosine(lr, lr_min, progress)
-        kl_weight = cfg.kl_weight * min(1, progress / cfg.kl_warmup)
-        adv_weight = cfg.adv_weight * min(1, progress / cfg.adv_warmup)
+        kl_weight = cfg.kl_weight * min(1, progress / max(cfg.kl_warmup, 1e-9))
+        adv_weight = cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9))
 
         # evaluate, picture, checkpoint
         if step % cfg.eval_every == 0 or step == cfg.max_steps:
@@ -381,38 +374,29 @@ def main(argv=None):
                     save(step)
         if step == cfg.max_steps:
             break
-        if signals.stop():
-            save(step)
-            say(f"\nsaved {cfg.out}/vae.pt at step {step:,}; go on with --resume")
-            return sys.exit(0 if signals.caught == 15 else 1)
+        signals.check(step, save)
 
         # micro-steps: one forward of the VAE serves both players
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
-        noise_source.manual_seed(cfg.seed * 1_000_003 + step)
-        flips = torch.rand(batch, 1, 1, 1, device=device, generator=noise_source) < 0.5 * train.flip
-        noise = torch.randn(z_shape, device=device, generator=noise_source)
+        source.manual_seed(cfg.seed * 1_000_003 + step)
+        flips = torch.rand(batch, 1, 1, 1, device=device, generator=source) < 0.5 * train.flip
+        noise = torch.randn(z_shape, device=device, generator=source)
         weights = {"pixel": 1.0, "kl": kl_weight, "adv": adv_weight, "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight}
         sums = 0
         for k in range(steps):
             rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
             x = data.to_float(next(batches)[0])
             x = torch.where(flips[rows], x.flip(3), x)
-            with data.grad_sync(k == steps - 1, run_vae, run_disc):
-                names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast)
+            for module in (run_vae, run_disc):
+                module.require_backward_grad_sync = k == steps - 1      # DDP averages at the last micro-step only
+            names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast)
             sums = sums + values / steps
 
         # clip, step
-        vae_norm = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip)
-        disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip)
-        if math.isfinite(vae_norm + disc_norm):
+        vae_norm = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip).item()
+        disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip).item()
+        if log.finite(step, vae_norm, disc_norm):
             vae_opt.step(), disc_opt.step()
-            skipped = 0
-        else:
-            skipped += 1
-            say(f"\nstep {step}: gradient not finite, update skipped")
-            if skipped == 10:
-                raise SystemExit(f"error: ten updates in a row were not finite; {cfg.out}/vae.pt is from before: "
-                                 "--resume with a lower --lr, or with --no-bf16")
         vae_opt.zero_grad(), disc_opt.zero_grad()
 
         # log
@@ -420,8 +404,8 @@ def main(argv=None):
             values = dict(zip(names, sums.tolist()))
             shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in weights if name in values}
             log.row(step + 1, batch, ("pixel", "kl", "adv", "fm", "disc", "val_psnr"), **values, **shares,
-                    vae_norm=float(vae_norm), disc_norm=float(disc_norm), lr=vae_opt.param_groups[0]["lr"])
-    say(f"\n{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items() if key[:2] in ("va", "z_")))
+                    vae_norm=vae_norm, disc_norm=disc_norm, lr=vae_opt.param_groups[0]["lr"])
+    data.say(f"\n{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items() if key[:4] in ("val_", "z_me", "z_st")))
 
 
 if __name__ == "__main__":
