@@ -508,7 +508,7 @@ class Log:
     """
 
     def __init__(self, path, step, total, active):
-        self.path, self.total, self.active, self.values, self.board = path, total, active, {}, None
+        self.path, self.total, self.active, self.values, self.board = path, total, active, {"step": step}, None
         self.step, self.clock, self.shown, self.in_a_row = step, time.perf_counter(), 0.0, 0
         if active:
             rows = []
@@ -555,16 +555,18 @@ class Log:
 
     def row(self, step, batch, show, **values):
         """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""
-        now = time.perf_counter()
-        seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
-        self.values |= {"step": step, **values, "images/s": batch / seconds}
+        now, seconds = time.perf_counter(), 0.0
+        if step > self.step:
+            seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
+            self.values["images/s"] = batch / seconds
+        self.values |= {"step": step, **values}
         if not self.active:
             return
         self.write({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in self.values.items()})
         if self.board:
             for key, value in self.values.items():
                 self.board.add_scalar(key, value, step)
-        line = (f"step {step:,}/{self.total:,}  {(self.total - step) * seconds / 60:.1f} min left  {batch / seconds:.0f} images/s  "
+        line = (f"step {step:,}/{self.total:,}  {(self.total - step) * seconds / 60:.1f} min left  {self.values.get('images/s', 0):.0f} images/s  "
                 + "  ".join(f"{key} {self.values[key]:.4g}" for key in show if key in self.values))
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)

@@ -49,7 +49,7 @@ OBJECTIVE = "flow"          # flow (linear path), v (cosine path) or eps (cosine
 TIMES = "uniform"           # density of t in training: uniform or logit-normal
 LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for classifier-free guidance
 # optimiser
-LR = 1e-3                   # AdamW
+LR = 2e-3                   # AdamW
 LR_MIN = 1e-5               # where the cosine ends; equal to LR: constant
 LR_WARMUP = 100             # updates of linear warmup
 CLIP = 1.0                  # gradient norm
@@ -183,15 +183,16 @@ class Conditioning(nn.Module):
 
 
 class CondBlock(ResBlock):
-    """The VAE's residual block with the conditioning added between its convolutions."""
+    """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal and Nichol 2021)."""
 
     def __init__(self, c_in, c_out, d):
         super().__init__(c_in, c_out)
-        self.condition = nn.Linear(d, c_out)
+        self.condition = nn.Linear(d, 2 * c_out)
 
     def forward(self, x, c):
-        h = self.conv1(F.silu(self.norm1(x))) + self.condition(F.silu(c))[:, :, None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        scale, shift = self.condition(F.silu(c))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
@@ -488,8 +489,8 @@ def main(argv=None):
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
     start = state["step"] if state else 0
     data.say(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
-        f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
+             f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
+             f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
 
     if cfg.compile:
         model.compile()                                     # in place: the names of the weights stay
@@ -556,7 +557,7 @@ def main(argv=None):
             quarters = {f"loss_t{q + 1}/4": losses[mine & (t * 4).long().eq(q)].mean().item() for q in range(4)}
             log.row(step + 1, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm,
                     lr=opt.param_groups[0]["lr"])
-    data.say(f"\n{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
+    data.say(f"{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
 
 
 if __name__ == "__main__":

@@ -294,8 +294,8 @@ def load_vae(path, device="cpu"):
 def evaluate(vae, val, cfg, device, autocast):
     """Validation figures of the reconstructions from the mean, and 8 of them above each other, uint8."""
     count, sums = min(len(val), cfg.eval_images), torch.zeros(5)
-    for start in range(0, count, cfg.batch_size):
-        rows = data.order(len(val), start, min(cfg.batch_size, count - start), seed=0)
+    for start in range(0, count, max(8, cfg.batch_size)):
+        rows = data.order(len(val), start, min(max(8, cfg.batch_size), count - start), seed=0)
         x = data.to_float(val.__getitems__(rows)[0].to(device))
         with autocast:
             recon, mean, logvar = vae(x, torch.zeros((), device=device))
@@ -334,11 +334,11 @@ def main(argv=None):
     start = state["step"] if state else 0
     z_shape = (batch, cfg.z_channels, cfg.size // factor, cfg.size // factor)
     data.say(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
-        f"{sum(p.numel() for p in vae.parameters()):,} and discriminator {sum(p.numel() for p in disc.parameters()):,} "
-        f"parameters; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
-        f"{' in bf16' if cfg.bf16 else ''}")
+             f"{sum(p.numel() for p in vae.parameters()):,} and discriminator {sum(p.numel() for p in disc.parameters()):,} "
+             f"parameters; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
+             f"{' in bf16' if cfg.bf16 else ''}")
     data.say(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels:.3g} "
-        f"x the KL summed against the pixel loss summed")
+             f"x the KL summed against the pixel loss summed")
 
     if cfg.compile:
         vae.compile(), disc.compile()                       # in place: the names of the weights stay
@@ -353,7 +353,7 @@ def main(argv=None):
 
     log, signals = data.Log(os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, rank == 0), data.Signals()
     batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
-    source = torch.Generator(device)
+    source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
     for step in range(start, cfg.max_steps + 1):
         # learning rates and warmups
         progress = step / cfg.max_steps
@@ -373,6 +373,7 @@ def main(argv=None):
                 if step > start:
                     save(step)
         if step == cfg.max_steps:
+            log.row(step, batch, shown)                     # once more, with the last validation
             break
         signals.check(step, save)
 
@@ -400,12 +401,13 @@ def main(argv=None):
         vae_opt.zero_grad(), disc_opt.zero_grad()
 
         # log
-        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps:
+        if (step + 1) % cfg.log_every == 0:
             values = dict(zip(names, sums.tolist()))
             shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in weights if name in values}
-            log.row(step + 1, batch, ("pixel", "kl", "adv", "fm", "disc", "val_psnr"), **values, **shares,
+            log.row(step + 1, batch, shown, **values, **shares,
                     vae_norm=vae_norm, disc_norm=disc_norm, lr=vae_opt.param_groups[0]["lr"])
-    data.say(f"\n{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items() if key[:4] in ("val_", "z_me", "z_st")))
+    data.say(f"{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
+                                               if key.startswith(("val_", "z_"))))
 
 
 if __name__ == "__main__":
