@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ EMA = 0.999                 # decay of the averaged weights
 # pictures
 CFG = 3.0                   # guidance scale, here and sample.py's default
 SAMPLE_STEPS = 50           # sampler steps, here and sample.py's default
+SAMPLES = 80                # images in a picture, of ten classes at most
 # system
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
@@ -67,7 +70,7 @@ PRESETS = {
     "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
                     OBJECTIVE="v", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0),
     "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=256, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384), BLOCKS=2,
-                     DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0),
+                     DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0, SAMPLES=20),
 }
 DIT_SIZES = {"XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
@@ -380,7 +383,7 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
     moments, done = np.load(file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
     todo = [i for i in range(rank, blocks, world) if not done[i]]
     rows = [torch.arange(i * ENCODE_BATCH, min((i + 1) * ENCODE_BATCH, len(train))) for i in todo]
-    clock = data.time.perf_counter()
+    clock = time.perf_counter()
     for k, (i, (pixels, _)) in enumerate(zip(todo, data.feed(train, iter(rows), device))):
         x = data.to_float(pixels)
         for view in range(moments.shape[1]):
@@ -389,7 +392,7 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
             moments[i * ENCODE_BATCH:(i + 1) * ENCODE_BATCH, view] = torch.stack([mean, logvar], 1).half().cpu().numpy()
         done[i] = 1
         if k % 10 == 9 or i == todo[-1]:
-            rate = (k + 1) * ENCODE_BATCH * world / (data.time.perf_counter() - clock)
+            rate = (k + 1) * ENCODE_BATCH * world / (time.perf_counter() - clock)
             data.say(f"\rencoding {min((i + 1) * ENCODE_BATCH, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
     moments.flush(), done.flush()
     if todo:
@@ -434,7 +437,7 @@ def update_ema(ema, model, decay, step):
 def load_denoiser(path, device="cpu"):
     """A trained denoiser with its averaged weights and the VAE it belongs to -> (denoiser, VAE, checkpoint)."""
     state = data.load_checkpoint(path, "diffusion.py")
-    model = build(data.SimpleNamespace(**state["config"]))
+    model = build(SimpleNamespace(**state["config"]))
     model.load_state_dict(state["ema"])
     vae, _ = load_vae(os.path.join(os.path.dirname(path), state["vae"]), device)
     if fingerprint(vae) != state["vae_fingerprint"]:
@@ -459,7 +462,7 @@ def main(argv=None):
     out = data.run_folder(given, "diffusion.pt", "diffusion.py", "")
     vae_file = find_vae(given, out)
     vae, vae_state = load_vae(vae_file)
-    of_vae = data.SimpleNamespace(**vae_state["config"])
+    of_vae = SimpleNamespace(**vae_state["config"])
     cfg = data.settings(globals(), given, PRESETS, given.get("preset", of_vae.preset))
     cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or of_vae.data
     cfg.data_dir, cfg.size = cfg.data_dir or of_vae.data_dir, cfg.size or of_vae.size
@@ -496,7 +499,7 @@ def main(argv=None):
         model.compile()                                     # in place: the names of the weights stay
     run = DDP(model) if world > 1 else model
     shown = min(null, 10)
-    labels = torch.arange(8 * shown) % shown * (null // shown)
+    labels = torch.arange(cfg.samples) % shown * (null // shown)
     noise_at_start = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
 
     def picture(step):

@@ -26,7 +26,7 @@ import vae
 
 HERE = Path(__file__).parent
 TINY_VAE = "--preset shapes --size 16 --widths 8 16 --blocks 1 --no-attention --disc-width 8 --batch-size 8 --max-steps 4 --log-every 1 --no-bf16 --device cpu".split()
-TINY_UNET = "--widths 16 16 --blocks 1 --batch-size 8 --max-steps 4 --log-every 1 --sample-steps 4 --no-bf16 --device cpu".split()
+TINY_UNET = "--samples 24 --widths 16 16 --blocks 1 --batch-size 8 --max-steps 4 --log-every 1 --sample-steps 4 --no-bf16 --device cpu".split()
 
 
 # ---- helpers ------------------------------------------------------------------------------------

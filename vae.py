@@ -9,6 +9,7 @@ reconstructions below).
 """
 import math
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -285,7 +286,7 @@ def build(cfg):
 def load_vae(path, device="cpu"):
     """A trained VAE, frozen -> (VAE, its checkpoint)."""
     state = data.load_checkpoint(path, "vae.py")
-    vae = build(data.SimpleNamespace(**state["config"]))
+    vae = build(SimpleNamespace(**state["config"]))
     vae.load_state_dict(state["vae"])
     return vae.to(device).eval().requires_grad_(False), state
 
