@@ -318,12 +318,21 @@ def flags(script, argv):
 
 
 def settings(script, given, presets, preset):
-    """The block's constants, under the preset's row, under the given flags -> a namespace in lower case."""
-    if preset not in presets and "preset" in given:
-        raise SystemExit(f"error: no preset {preset}: choose one of {', '.join(presets)}")
-    preset = preset if preset in presets else "imagenet"
+    """The block's constants, under the preset's row, under the given flags -> a namespace in lower case.
+
+    The row is --preset's, else the one named `preset`, else ImageNet's.
+    """
+    preset = given.get("preset") or (preset if preset in presets else "imagenet")
+    one_of(SimpleNamespace(preset=preset), preset=presets)
     block = {name: script[name] for name, _ in fenced(script)} | presets[preset]
     return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | {"preset": preset} | given)
+
+
+def one_of(cfg, **choices):
+    """Stop if a setting is none of its choices."""
+    for name, values in choices.items():
+        if getattr(cfg, name) not in values:
+            raise SystemExit(f"error: --{name.replace('_', '-')} {getattr(cfg, name)}: choose one of {', '.join(values)}")
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -446,6 +455,15 @@ def replace_file(path, write):
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def new_array(path, dtype, shape):
+    """Create a .npy file and map it; its space is taken now, so that a full disk stops here, not in a crash later."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):                      # not on macOS
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 def load_checkpoint(path, made_by):

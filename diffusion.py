@@ -373,11 +373,8 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
             for name in (facts_file, file, done_file):
                 if os.path.exists(name):
                     os.remove(name)
-            moments = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-            if hasattr(os, "posix_fallocate"):                              # a full disk says so here, not in a crash
-                with open(file, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
-            np.lib.format.open_memmap(done_file, "w+", np.uint8, (blocks,)).flush()
+            data.new_array(file, np.float16, shape)
+            data.new_array(done_file, np.uint8, (blocks,))
             data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
     data.barrier()
     moments, done = np.load(file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
@@ -463,7 +460,8 @@ def main(argv=None):
     vae_file = find_vae(given, out)
     vae, vae_state = load_vae(vae_file)
     of_vae = SimpleNamespace(**vae_state["config"])
-    cfg = data.settings(globals(), given, PRESETS, given.get("preset", of_vae.preset))
+    cfg = data.settings(globals(), given, PRESETS, of_vae.preset)
+    data.one_of(cfg, model=("unet", "dit"), objective=("flow", "v", "eps"), times=("uniform", "logit-normal"))
     cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or of_vae.data
     cfg.data_dir, cfg.size = cfg.data_dir or of_vae.data_dir, cfg.size or of_vae.size
     data.say(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {of_vae.data}")

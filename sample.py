@@ -55,13 +55,12 @@ def find_class(word, classes):
 def main(argv=None):
     block = {name.lower(): globals()[name] for name, _ in data.fenced(globals())}
     cfg = SimpleNamespace(**block | data.flags(globals(), argv))
+    data.one_of(cfg, sampler=("euler", "heun"))
     rank, world, device, autocast = data.start(cfg)
     path = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
     model, vae, state = load_denoiser(path, device)
     run = SimpleNamespace(**state["config"])
     data.say(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
-    if cfg.sampler not in ("euler", "heun"):
-        raise SystemExit(f"error: no sampler {cfg.sampler!r}: expected euler or heun")
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
     null, files = len(run.classes), bool(cfg.png or cfg.npz)
     chosen = [find_class(word, run.classes) for word in getattr(cfg, "class")] or list(range(null))
@@ -74,12 +73,15 @@ def main(argv=None):
 
     # one file that all processes fill: frames x images (a single frame without --gif)
     name = "all" if not getattr(cfg, "class") else "-".join(str(k) for k in chosen[:5])
-    grid_file = os.path.join(os.path.dirname(path), f"grid_{name}_cfg{guidance:g}_seed{cfg.seed}.png")
+    grid_file = os.path.join(os.path.dirname(path), f"grid_{name}_cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}.png")
+    for made in (cfg.png, cfg.npz, cfg.gif):
+        if made and os.path.exists(made):
+            raise SystemExit(f"error: {made} exists: name another, or remove it")
     canvas_file, frames = f"{cfg.npz or grid_file}.part.npy", steps + 1 if cfg.gif else 1
     if rank == 0:
         for folder in (cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
             os.makedirs(folder or ".", exist_ok=True)
-        np.lib.format.open_memmap(canvas_file, "w+", np.uint8, (frames, n, run.size, run.size, 3))
+        data.new_array(canvas_file, np.uint8, (frames, n, run.size, run.size, 3))
     data.barrier()
     try:
         canvas = np.load(canvas_file, mmap_mode="r+")
@@ -88,8 +90,7 @@ def main(argv=None):
             x = start_noise(rows.stop - first, (run.z_channels, run.side, run.side), cfg.seed, first).to(device)
             states = [denormalise(x, state["scale"])] if cfg.gif else []
             with autocast:
-                for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance,
-                                    cfg.sampler, cfg.interval):
+                for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance, cfg.sampler, cfg.interval):
                     states = (states if cfg.gif else []) + [denormalise(x, state["scale"])]
             for frame, z in enumerate(states):
                 canvas[frame, rows] = data.to_uint8(vae.decode(z)).permute(0, 2, 3, 1).cpu().numpy()
@@ -107,9 +108,8 @@ def main(argv=None):
                 pages = [Image.fromarray(data.grid(torch.from_numpy(page).permute(0, 3, 1, 2), columns)) for page in canvas]
                 data.replace_file(cfg.gif, lambda f: pages[0].save(f, "gif", save_all=True, append_images=pages[1:],
                                                                    duration=[60] * (frames - 1) + [2000], loop=0))
-            made = [cfg.png, cfg.npz, "" if files else grid_file, cfg.gif]
             print(f"\rclasses {', '.join(run.classes[k] for k in chosen[:10])}, cfg {guidance:g}, {steps} {cfg.sampler} steps: "
-                  + ", ".join(name for name in made if name))
+                  + ", ".join(made for made in (cfg.png, cfg.npz, "" if files else grid_file, cfg.gif) if made))
     finally:
         if rank == 0:
             os.remove(canvas_file)

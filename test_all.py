@@ -440,7 +440,7 @@ def test_three_commands(images, tmp_path):
     run = tmp_path / "out" / images.name
     assert Image.open(run / "recon_000004.png").size == (2 + 8 * 18, 2 + 2 * 18)
     assert Image.open(run / "samples_000004.png").size == (2 + 3 * 18, 2 + 8 * 18)
-    assert np.asarray(Image.open(run / "grid_2_cfg5_seed0.png")).std() > 1
+    assert np.asarray(Image.open(run / "grid_2_cfg5_euler4_seed0.png")).std() > 1
     rows = list(csv.DictReader(open(run / "vae.csv")))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "4"] and rows[0]["val_psnr"] != rows[-1]["val_psnr"]
     shares = sum(float(rows[-1][f"{name}_share"]) for name in ("pixel", "kl", "adv", "fm"))
@@ -587,6 +587,7 @@ def test_samples(trained, tmp_path):
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"].astype(int)).max() <= 1
     assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000003.png")), a["arr_0"][3])
     assert Image.open(tmp_path / "x.gif").n_frames == 5
+    assert "exists" in stopped(sample.main, *flags, "--npz", tmp_path / "a.npz")
     sample.main([*flags, "--npz", str(tmp_path / "c.npz"), "--seed", "1"])
     assert not np.array_equal(a["arr_0"], np.load(tmp_path / "c.npz")["arr_0"])
 
@@ -595,6 +596,7 @@ def test_class_names():
     wnids = ["n01440764"] + [f"n{i}" for i in range(2000, 2999)]
     assert sample.find_class("207", wnids) == 207 and sample.find_class("Golden Retriever", wnids) == 207
     assert "unicorn" in stopped(lambda argv: sample.find_class("unicorn", wnids))
+    assert "euler, heun" in stopped(sample.main, "--sampler", "ddpm")
     assert "0 to 1" in stopped(lambda argv: sample.find_class("7", ["cat", "dog"]))
 
 
@@ -608,7 +610,8 @@ def test_wrong_data_is_named(images, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "one" / "cat" / "a.png")
     assert "two classes" in stopped(vae.main, "--data", tmp_path / "one", "--out", tmp_path / "o")
     assert "multiple of 2" in stopped(vae.main, "--data", images, *TINY_VAE, "--size", 15, "--out", tmp_path / "o")
-    assert "no preset" in stopped(vae.main, "--preset", "mnist")
+    for flag, value in (("--preset", "mnist"), ("--gan-loss", "wgan")):
+        assert "choose one of" in stopped(vae.main, flag, value)
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated"])

@@ -313,7 +313,8 @@ def evaluate(vae, val, cfg, device, autocast):
 
 def main(argv=None):
     given = data.flags(globals(), argv)
-    cfg = data.settings(globals(), given, PRESETS, given.get("preset", given.get("data", DATA)))
+    cfg = data.settings(globals(), given, PRESETS, given.get("data", DATA))
+    data.one_of(cfg, gan_loss=("bce", "hinge"))
     cfg.out = data.run_folder(given, "vae.pt", "vae.py", data.folder_of(cfg.data))
     state = data.begin(cfg, given, "vae.pt", "vae.py")
     rank, world, device, autocast = data.start(cfg)
