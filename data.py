@@ -11,7 +11,6 @@ the file is what the scripts share to run: flags, processes, checkpoints, logs.
 """
 import argparse
 import contextlib
-import csv
 import functools
 import math
 import os
@@ -20,6 +19,7 @@ import re
 import signal
 import sys
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -390,14 +390,8 @@ def bf16_pays(device):
     """Whether bfloat16 is faster here: on GPUs since Ampere; on a CPU by timing a matrix product."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = []
-    for a in (torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)):
-        clock = []
-        for _ in range(6):
-            a @ a
-            clock.append(time.perf_counter())
-        seconds.append(np.diff(clock).min())
-    return bool(seconds[1] < 0.7 * seconds[0])
+    a, b = torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)
+    return min(timeit.repeat(lambda: b @ b, number=1)) < 0.7 * min(timeit.repeat(lambda: a @ a, number=1))
 
 
 class Signals:
@@ -405,11 +399,11 @@ class Signals:
 
     def __init__(self):
         self.caught = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+        signal.signal(signal.SIGINT, self.catch), signal.signal(signal.SIGTERM, self.catch)
 
     def catch(self, number, frame):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if self.caught:
+            raise KeyboardInterrupt
         self.caught = number
 
     def check(self, step, save):
@@ -522,32 +516,22 @@ def begin(cfg, given, name, made_by):
 class Log:
     """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed.
 
-    `values` keeps the latest of every column. Only the process with `active` writes.
+    `values` holds the latest of every column. Only the first process writes.
     """
 
-    def __init__(self, path, step, total, active):
-        self.path, self.total, self.active, self.values, self.board = path, total, active, {"step": step}, None
+    def __init__(self, path, step, total):
+        self.path, self.total, self.values, self.columns, self.board = path, total, {"step": step}, None, None
         self.step, self.clock, self.shown, self.in_a_row = step, time.perf_counter(), 0.0, 0
-        if active:
-            rows = []
-            if step and os.path.exists(path):               # a resumed run drops what came after its checkpoint
-                with open(path, newline="") as f:
-                    rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-            replace_file(path, lambda f: None)
-            for row in rows:
-                self.write(row)
+        self.writes = os.environ.get("RANK", "0") == "0"
+        if self.writes:
+            lines = pathlib.Path(path).read_text().splitlines(True) if step and os.path.exists(path) else []
+            if lines:                                       # a resumed run drops what came after its checkpoint
+                self.columns = lines[0].strip().split(",")
+                lines[1:] = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+            replace_file(path, lambda f: f.write("".join(lines).encode()))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
-
-    def write(self, row):
-        with open(self.path, "a+", newline="") as f:
-            f.seek(0)
-            columns = next(csv.reader(f), None)
-            writer = csv.DictWriter(f, columns or list(row), restval="", extrasaction="ignore")
-            if not columns:
-                writer.writeheader()
-            writer.writerow(row)
 
     @contextlib.contextmanager
     def aside(self):
@@ -557,9 +541,9 @@ class Log:
         self.clock += time.perf_counter() - start
 
     def finite(self, step, *norms):
-        """Whether to apply an update with gradients of these norms; after ten in a row that are not finite, stop.
+        """Whether to apply an update with gradients of these norms; the tenth in a row that is not finite stops the run.
 
-        The norms are those of the averaged gradients, so that all processes decide alike.
+        The norms are those of the averaged gradients, so all processes decide alike.
         """
         finite = all(map(math.isfinite, norms))
         self.in_a_row = 0 if finite else self.in_a_row + 1
@@ -578,14 +562,18 @@ class Log:
             seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
             self.values["images/s"] = batch / seconds
         self.values |= {"step": step, **values}
-        if not self.active:
+        if not self.writes:
             return
-        self.write({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in self.values.items()})
-        if self.board:
-            for key, value in self.values.items():
-                self.board.add_scalar(key, value, step)
-        line = (f"step {step:,}/{self.total:,}  {(self.total - step) * seconds / 60:.1f} min left  {self.values.get('images/s', 0):.0f} images/s  "
-                + "  ".join(f"{key} {self.values[key]:.4g}" for key in show if key in self.values))
+        with open(self.path, "a") as f:
+            if not self.columns:
+                self.columns = list(self.values)
+                f.write(",".join(self.columns) + "\n")
+            row = [self.values.get(column, "") for column in self.columns]
+            f.write(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row) + "\n")
+        for key, value in self.values.items() if self.board else ():
+            self.board.add_scalar(key, value, step)
+        line = "  ".join([f"step {step:,}/{self.total:,}", f"{(self.total - step) * seconds / 60:.1f} min left",
+                          f"{self.values['images/s']:.0f} images/s", *(f"{key} {self.values[key]:.4g}" for key in show)])
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
         elif now - self.shown > 10 or step == self.total:

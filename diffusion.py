@@ -512,7 +512,7 @@ def main(argv=None):
                  "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "scale": scale,
                  "vae": os.path.relpath(vae_file, cfg.out), "vae_fingerprint": facts["vae"]}, f))
 
-    log, signals = data.Log(os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, rank == 0), data.Signals()
+    log, signals = data.Log(os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps), data.Signals()
     batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
     for step in range(start, cfg.max_steps + 1):
         # learning rate

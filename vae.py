@@ -353,7 +353,7 @@ def main(argv=None):
                  "vae": vae.state_dict(), "disc": disc.state_dict(),
                  "vae_opt": vae_opt.state_dict(), "disc_opt": disc_opt.state_dict()}, f))
 
-    log, signals = data.Log(os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, rank == 0), data.Signals()
+    log, signals = data.Log(os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps), data.Signals()
     batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
     source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
     for step in range(start, cfg.max_steps + 1):
