@@ -573,7 +573,7 @@ class Log:
         for key, value in self.values.items() if self.board else ():
             self.board.add_scalar(key, value, step)
         line = "  ".join([f"step {step:,}/{self.total:,}", f"{(self.total - step) * seconds / 60:.1f} min left",
-                          f"{self.values['images/s']:.0f} images/s", *(f"{key} {self.values[key]:.4g}" for key in show)])
+                          f"{self.values.get('images/s', 0):.0f} images/s", *(f"{key} {self.values[key]:.4g}" for key in show if key in self.values)])
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
         elif now - self.shown > 10 or step == self.total:
