@@ -74,7 +74,7 @@ PRESETS = {
 }
 DIT_SIZES = {"XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
-ENCODE_BATCH = 64           # images encoded at once; fixed, so that the latents depend on nothing else
+CODED_PIXELS = 2 ** 20      # encoded or decoded at once: 16 images of 256x256, within a 12 GB card
 
 
 # ---- the method: paths, loss, sampler -----------------------------------------------------------
@@ -165,6 +165,12 @@ def normalise(z, scale):
 
 def denormalise(z, scale):
     return z / scale
+
+
+def decode(vae, z, scale):
+    """The denoiser's latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
+    few = max(1, CODED_PIXELS // (vae.factor * z.shape[-1]) ** 2)
+    return torch.cat([data.to_uint8(vae.decode(denormalise(part, scale))) for part in z.split(few)])
 
 
 # ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] ---------------------------
@@ -357,11 +363,13 @@ class Latents:
 def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast):
     """Encode every image and its mirror into one memory map; goes on where it stopped -> the scale, 1 / std.
 
-    Block i of ENCODE_BATCH images is the work of process i % world; `.done` keeps a byte for each.
-    Stops if the latents that lie there are of another VAE or dataset.
+    Block i, as many images as CODED_PIXELS allows, is the work of process i % world, and one batch whoever does it:
+    the latents do not depend on the processes. `.done` keeps a byte for each block. Stops if the latents that lie
+    there are another VAE's or dataset's.
     """
     facts_file, done_file = file.replace(".npy", ".json"), file.replace(".npy", ".done.npy")
-    blocks = -(-len(train) // ENCODE_BATCH)
+    size = max(1, CODED_PIXELS // train.size ** 2)
+    blocks = -(-len(train) // size)
     if rank == 0:
         found = json.load(open(facts_file)) if os.path.exists(facts_file) and os.path.exists(file) else {}
         same = {key: found.get(key) for key in facts} == facts
@@ -379,18 +387,18 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
     data.barrier()
     moments, done = np.load(file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
     todo = [i for i in range(rank, blocks, world) if not done[i]]
-    rows = [torch.arange(i * ENCODE_BATCH, min((i + 1) * ENCODE_BATCH, len(train))) for i in todo]
+    rows = [torch.arange(i * size, min((i + 1) * size, len(train))) for i in todo]
     clock = time.perf_counter()
     for k, (i, (pixels, _)) in enumerate(zip(todo, data.feed(train, iter(rows), device))):
         x = data.to_float(pixels)
         for view in range(moments.shape[1]):
             with autocast:
                 mean, logvar = vae.encode(x.flip(3) if view else x)
-            moments[i * ENCODE_BATCH:(i + 1) * ENCODE_BATCH, view] = torch.stack([mean, logvar], 1).half().cpu().numpy()
+            moments[i * size:(i + 1) * size, view] = torch.stack([mean, logvar], 1).half().cpu().numpy()
         done[i] = 1
         if k % 10 == 9 or i == todo[-1]:
-            rate = (k + 1) * ENCODE_BATCH * world / (time.perf_counter() - clock)
-            data.say(f"\rencoding {min((i + 1) * ENCODE_BATCH, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
+            rate = (k + 1) * size * world / (time.perf_counter() - clock)
+            data.say(f"\rencoding {min((i + 1) * size, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
     moments.flush(), done.flush()
     if todo:
         data.say()
@@ -503,7 +511,7 @@ def main(argv=None):
     def picture(step):
         with autocast:
             *_, z = sample(ema, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
-        data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), data.to_uint8(vae.decode(denormalise(z, scale))), shown)
+        data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), decode(vae, z, scale), shown)
 
     def save(step):
         if rank == 0:

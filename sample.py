@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from diffusion import denormalise, load_denoiser, sample, start_noise
+from diffusion import decode, load_denoiser, sample, start_noise
 
 # -------------------------------------------------------------------------------------------------
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
@@ -88,12 +88,12 @@ def main(argv=None):
         for first in range(rank * cfg.batch_size, n, world * cfg.batch_size):
             rows = slice(first, min(first + cfg.batch_size, n))
             x = start_noise(rows.stop - first, (run.z_channels, run.side, run.side), cfg.seed, first).to(device)
-            states = [denormalise(x, state["scale"])] if cfg.gif else []
+            states = [x] if cfg.gif else []
             with autocast:
                 for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance, cfg.sampler, cfg.interval):
-                    states = (states if cfg.gif else []) + [denormalise(x, state["scale"])]
+                    states = (states if cfg.gif else []) + [x]
             for frame, z in enumerate(states):
-                canvas[frame, rows] = data.to_uint8(vae.decode(z)).permute(0, 2, 3, 1).cpu().numpy()
+                canvas[frame, rows] = decode(vae, z, state["scale"]).permute(0, 2, 3, 1).cpu().numpy()
             for i in range(first, rows.stop) if cfg.png else ():
                 data.replace_file(os.path.join(cfg.png, f"{i:06d}.png"), lambda f: Image.fromarray(canvas[-1, i]).save(f, "png"))
             data.say(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="")

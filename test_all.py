@@ -467,7 +467,7 @@ def test_latents(trained, images):
 
 
 def test_precompute_goes_on_where_it_stopped(trained, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "ENCODE_BATCH", 16)
+    monkeypatch.setattr(diffusion, "CODED_PIXELS", 16 * 16 ** 2)
     model, _ = vae.load_vae(trained / "vae.pt")
     train, _ = data.load(str(images), size=16)
     file, calls = str(tmp_path / "latents.npy"), []
