@@ -132,7 +132,7 @@ class VAE(nn.Module):
     """KL autoencoder of the published KL-f8 shape: [b, 3, s, s] in [-1, 1] <-> [b, z_channels, s/f, s/f].
 
     f = 2 ** (len(widths) - 1). With widths (128, 256, 512, 512) and 4 latent channels: 83,653,863
-    parameters. The last convolutions of both halves start at zero, so the first outputs are grey.
+    parameters. No convolution at the end of a half starts at zero: the decoder would learn to ignore the latent.
     """
 
     def __init__(self, widths, blocks=2, z_channels=4, attention=True):
@@ -152,7 +152,7 @@ class VAE(nn.Module):
         decoder += [norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         self.quant = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        nn.init.constant_(self.quant.bias.data[z_channels:], -4)
+        nn.init.constant_(self.quant.bias.data[z_channels:], -4)        # log-variance: little noise at first
         self.post_quant = nn.Conv2d(z_channels, z_channels, 1)
 
     def encode(self, x):
