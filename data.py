@@ -11,8 +11,11 @@ the file is what the scripts share to run: flags, processes, checkpoints, logs.
 """
 import argparse
 import contextlib
+import csv
+import datetime
 import functools
-import math
+import hashlib
+import io
 import os
 import pathlib
 import re
@@ -26,8 +29,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 
 # -------------------------------------------------------------------------------------------------
 DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
@@ -38,8 +43,9 @@ OUT = ""                    # folder for the picture; empty: out/<data>
 SIZES = {"shapes": 32, "cifar10": 64}
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 RESIDENT_BYTES = 4e9        # a set up to this size is decoded once and lives on the device
-WORKERS = 8                 # decoding processes for a larger one, each 4 batches ahead
+SPIKE = 1000.0              # an update whose gradient norm is above this is skipped
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense bf16 FLOP/s
 IMAGE_TYPES = set(Image.registered_extensions())
 
 
@@ -96,51 +102,64 @@ def draw_shapes(split, rows, size=32):
 
 # ---- image files --------------------------------------------------------------------------------
 
-def open_image(file):
-    """Any image that Pillow reads -> 8-bit RGB, upright; transparency goes on white."""
-    image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode[0] in "IF":                   # 16-bit or float greyscale: convert() would clip it
+def read_image(file):
+    """Any image that Pillow reads -> uint8 [3, h, w] in RGB, upright; transparency goes on white."""
+    raw = pathlib.Path(file).read_bytes()
+    image = Image.open(io.BytesIO(raw))                 # the header alone; refuses an image bomb
+    decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)     # a third faster than Pillow's; to be removed some day
+    if decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB") and image.getexif().get(0x0112, 1) == 1:
+        return decode_jpeg(torch.frombuffer(bytearray(raw), dtype=torch.uint8), "RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                           # 16-bit or float greyscale: convert() would clip it
         grey = np.asarray(image, np.float32)
         grey = grey / 257 if image.mode[0] == "I" else grey * (255 if grey.max() <= 1 else 1)
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def center_crop(image, size):
-    """Resize the shorter side to `size` and crop the centre -> uint8 [size, size, 3].
+def center_crop(x, size):
+    """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size].
 
-    As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by area while twice
-    too large, then bicubic; a single bicubic step would alias.
+    As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too
+    large, then bicubic. torch's uint8 kernels, several times as fast as Pillow's and within rounding of them.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image)[top:top + size, left:left + size]
+    x = x[None]
+    while min(x.shape[2:]) >= 2 * size:
+        x = F.interpolate(x, (x.shape[2] // 2, x.shape[3] // 2), mode="bilinear")       # 2x2 averages
+    scale = size / min(x.shape[2:])
+    height, width = round(x.shape[2] * scale), round(x.shape[3] * scale)
+    top, left = (height - size) // 2, (width - size) // 2
+    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
+    return x[0, :, top:top + size, left:left + size].contiguous()
 
 
 class Images:
     """One split: images uint8 [3, size, size] and a class index each.
 
-    A split of up to RESIDENT_BYTES is decoded at once into `pixels` [n, 3, size, size]; a larger one is
-    read file by file. `flip` says whether a mirrored image is still one of its class.
+    A split of up to RESIDENT_BYTES is decoded at once into `pixels` [n, 3, size, size]; a larger one is read file
+    by file. `flip` says whether a mirrored image is still one of its class. All that grows with the number of files
+    is in tensors, which loader workers share instead of copying.
     """
 
-    def __init__(self, classes, labels, size, files=None, pixels=None, flip=True):
-        self.classes, self.size, self.flip, self.pixels, self.bad = classes, size, flip, pixels, set()
+    def __init__(self, classes, labels, size, pixels=None, folder="", names=None, flip=True):
+        self.classes, self.size, self.flip, self.pixels, self.folder = classes, size, flip, pixels, folder
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        if files is not None:
-            # fixed-width bytes: a list of a million strings would be copied into every worker
-            self.files = np.array([os.fsencode(file) for file in files])
-            if len(files) * 3 * size * size <= RESIDENT_BYTES:
+        self.bad = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        if names is not None:
+            self.names = torch.from_numpy(np.array(names).view(np.uint8).reshape(len(names), -1))
+            if len(names) * 3 * size * size <= RESIDENT_BYTES:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    self.pixels = torch.cat(list(pool.map(self.read_all, torch.arange(len(files)).split(100))))
+                    self.pixels = torch.cat(list(pool.map(self.read_all, torch.arange(len(names)).split(100))))
+                self.check()
 
     def __len__(self):
         return len(self.labels)
+
+    def __str__(self):
+        listed = self.names.numpy() if self.folder else self.labels.numpy()
+        return f"{len(self):,} images in {len(self.classes):,} classes, list {hashlib.sha256(listed).hexdigest()[:8]}"
 
     @property
     def resident(self):
@@ -154,46 +173,77 @@ class Images:
         return self.pixels[rows] if self.resident else self.read_all(rows), self.labels[rows]
 
     def read_all(self, rows):
-        return torch.stack([torch.from_numpy(self.read(row)).permute(2, 0, 1) for row in rows.tolist()])
+        return torch.stack([self.read(row) for row in rows.tolist()])
+
+    def file(self, row):
+        name = os.fsdecode(self.names[row].numpy().tobytes().rstrip(b"\0"))
+        return os.path.join(self.folder, self.classes[self.labels[row]], name)
 
     def read(self, row):
         """Decode one file; an unreadable one is named once and the next readable one stands in for it."""
         while True:
-            file = os.fsdecode(self.files[row])
             try:
-                return center_crop(open_image(file), self.size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                if row not in self.bad:
-                    print(f"unreadable image {file} ({error}): the next one stands in for it", file=sys.stderr)
-                self.bad.add(row)
-            if len(self.bad) > len(self) / 100:
-                raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, among them {file}: "
-                                 f"repair or remove them")
+                return center_crop(read_image(self.file(row)), self.size)
+            except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+                if not self.bad[row]:
+                    print(f"unreadable image {self.file(row)} ({str(error).splitlines()[0]}): the next one stands in for it",
+                          file=sys.stderr)
+                self.bad[row] = True
+            if self.too_many_bad():
+                return torch.zeros(3, self.size, self.size, dtype=torch.uint8)      # check() will stop the run
             row = (row + 1) % len(self)
 
+    def too_many_bad(self):
+        return self.bad.sum() > len(self) / 100
 
-def list_folder(folder, classes=None):
-    """<folder>/<class>/<image files> -> class names, paths, labels, all sorted."""
-    def names(path, keep):
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if keep(entry) and entry.name[0] != ".")
-
-    classes = classes or names(folder, lambda entry: entry.is_dir())
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        path = os.path.join(folder, name)
-        found = names(path, lambda entry: os.path.splitext(entry.name)[1].lower() in IMAGE_TYPES) if os.path.isdir(path) else []
-        files += [os.path.join(path, file) for file in found]
-        labels += [label] * len(found)
-    return classes, files, labels
+    def check(self):
+        """Stop if more than 1% of the files could not be read so far, by any worker."""
+        if self.too_many_bad():
+            raise SystemExit(f"error: {self.bad.sum()} of {len(self):,} images cannot be read, among them "
+                             f"{self.file(self.bad.nonzero()[0, 0])}: repair or remove them")
 
 
-def load(data, data_dir="", size=0):
-    """A dataset by name or folder -> (train, val), two `Images`; stops and names what is missing."""
+def list_folder(folder, classes=None, keep=""):
+    """<folder>/<class>/<image files> -> class names, file names (bytes, one width), labels, all sorted.
+
+    The list is kept in the file `keep` and read from there while no class folder has changed.
+    """
+    with os.scandir(folder) as entries:
+        found = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    classes = classes or found
+    paths = [os.path.join(folder, name) for name in classes]
+    state = np.array([f"{path} {os.stat(path).st_mtime_ns if name in found else 0}" for name, path in zip(classes, paths)])
+    if keep and os.path.exists(keep):
+        kept = np.load(keep)
+        if np.array_equal(kept["state"], state):
+            return classes, kept["names"], kept["labels"]
+    names, labels = [], []
+    for label, (name, path) in enumerate(zip(classes, paths)):
+        files = sorted(os.listdir(path)) if name in found else []
+        files = [os.fsencode(file) for file in files if os.path.splitext(file)[1].lower() in IMAGE_TYPES and file[0] != "."]
+        names += files
+        labels += [label] * len(files)
+    names, labels = np.array(names, "S"), np.array(labels, np.int64)
+    if keep and os.environ.get("RANK", "0") == "0":
+        replace_file(keep, lambda f: np.savez(f, state=state, names=names, labels=labels))
+    return classes, names, labels
+
+
+def synthetic(size, classes=1000, count=256):
+    """Random images of random classes, for --bench."""
+    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+    return Images([str(k) for k in range(classes)], torch.arange(count) % classes, size, pixels)
+
+
+def load(data, data_dir="", size=0, keep=""):
+    """A dataset by name or folder -> (train, val), two `Images`; stops and names what is missing.
+
+    File lists are kept in the folder `keep`. Under torchrun the first process scans or downloads, then the others look.
+    """
     size = size or SIZES.get(data, 256)
     if data == "shapes" and not data_dir:
-        return [Images(list(SHAPES), torch.arange(count) % len(SHAPES), size, flip=False,
-                       pixels=draw_shapes(split, range(count), size)) for split, count in SHAPES_COUNT.items()]
+        return [Images(list(SHAPES), torch.arange(count) % len(SHAPES), size, draw_shapes(split, range(count), size), flip=False)
+                for split, count in SHAPES_COUNT.items()]
     folder = data_dir or (os.path.join("data", data) if data in ("cifar10", "imagenet") else data)
     train_folder, val_folder = os.path.join(folder, "train"), os.path.join(folder, "val")
     if data == "cifar10" and not os.path.isdir(train_folder):
@@ -202,32 +252,35 @@ def load(data, data_dir="", size=0):
         raise SystemExit(f"error: no folder {folder}: expected {train_folder}/<class>/<image files>, or --data shapes, "
                          f"cifar10 or imagenet with --data-dir")
     train_folder = train_folder if os.path.isdir(train_folder) else folder
-    classes, files, labels = list_folder(train_folder)
-    if len(set(labels)) < 2:
-        raise SystemExit(f"error: {train_folder} holds {len(files)} images in {len(set(labels))} classes: expected "
+    with first_process_first():
+        classes, names, labels = list_folder(train_folder, keep=keep and os.path.join(keep, "files_train.npz"))
+        held = np.zeros(len(names), bool)
+        if os.path.isdir(val_folder):
+            _, val_names, val_labels = list_folder(val_folder, classes, keep and os.path.join(keep, "files_val.npz"))
+        else:
+            held[::HOLD_OUT], val_folder, val_names, val_labels = True, train_folder, names[::HOLD_OUT], labels[::HOLD_OUT]
+    if len(np.unique(labels)) < 2:
+        raise SystemExit(f"error: {train_folder} holds {len(names)} images in {len(np.unique(labels))} classes: expected "
                          f"{train_folder}/<class>/<image files> with two classes or more")
-    if os.path.isdir(val_folder):
-        _, val_files, val_labels = list_folder(val_folder, classes)
-        if not val_files:
-            raise SystemExit(f"error: {val_folder} holds no image of the classes in {train_folder}: fill or remove it")
-    else:
-        val_files, val_labels = files[::HOLD_OUT], labels[::HOLD_OUT]
-        del files[::HOLD_OUT], labels[::HOLD_OUT]
-    return Images(classes, labels, size, files), Images(classes, val_labels, size, val_files)
+    if not len(val_names):
+        raise SystemExit(f"error: {val_folder} holds no image of the classes in {train_folder}: fill or remove it")
+    return (Images(classes, labels[~held], size, folder=train_folder, names=names[~held]),
+            Images(classes, val_labels, size, folder=val_folder, names=val_names))
 
 
 def load_cifar10(folder, size):
     """CIFAR-10 by torchvision, downloaded on first use, upscaled to `size`."""
     try:
-        parts = [torchvision.datasets.CIFAR10(folder, train, download=True) for train in (True, False)]
+        with first_process_first():
+            parts = [torchvision.datasets.CIFAR10(folder, train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put the images at "
                          f"{folder}/train/<class>/ and {folder}/val/<class>/")
-    return [Images(part.classes, part.targets, size, pixels=torch.from_numpy(np.stack(
-        [center_crop(Image.fromarray(image), size) for image in part.data])).permute(0, 3, 1, 2).contiguous()) for part in parts]
+    return [Images(part.classes, part.targets, size, torch.stack([center_crop(x, size) for x in torch.from_numpy(part.data).permute(0, 3, 1, 2)]))
+            for part in parts]
 
 
-# ---- the order of the batches -------------------------------------------------------------------
+# ---- batches ------------------------------------------------------------------------------------
 
 @functools.lru_cache(2)
 def shuffled(n, seed, epoch):
@@ -247,10 +300,30 @@ def order(n, start, count, seed):
     return torch.from_numpy(np.concatenate(rows))
 
 
-def feed(source, schedule, device):
+def schedule(n, micro, steps, start, stop, rank, world, seed):
+    """Rows of this process's micro-batches, updates start..stop, in the order they are used."""
+    for k in range(start * steps, stop * steps):
+        yield order(n, (k * world + rank) * micro, micro, seed)
+
+
+def share(cfg, world):
+    """The update's batch, batch_size x accum images, over the processes -> micro-batch, micro-steps.
+
+    The batch stays what was asked for whatever the number of processes, or this stops.
+    """
+    total = cfg.batch_size * cfg.accum
+    steps = -(-cfg.accum // world)
+    if total % (steps * world):
+        near = round(total / (steps * world)) or 1
+        raise SystemExit(f"error: a batch of {total} does not divide over {world} processes x {steps} "
+                         f"micro-steps; the nearest that does is {near * steps * world}")
+    return total // (steps * world), steps
+
+
+def feed(source, schedule, device, workers):
     """Yield source[rows] on the device for every `rows` that the generator `schedule` yields.
 
-    A resident source is indexed where it lies; any other is read ahead by worker processes.
+    A resident source is indexed where it lies; any other is read ahead by worker processes, four batches each.
     """
     if source.resident:
         source.to(device)
@@ -258,14 +331,15 @@ def feed(source, schedule, device):
             yield source.__getitems__(rows.to(device))
     else:
         loader = torch.utils.data.DataLoader(
-            source, batch_sampler=schedule, num_workers=WORKERS, prefetch_factor=4, persistent_workers=True,
-            pin_memory=device.type == "cuda", collate_fn=tuple, worker_init_fn=ignore_ctrl_c)
+            source, batch_sampler=schedule, num_workers=min(workers, os.cpu_count()), prefetch_factor=4 if workers else None,
+            pin_memory=device.type == "cuda", collate_fn=tuple, worker_init_fn=leave_signals)
         for batch in loader:
             yield [part.to(device, non_blocking=True) for part in batch]
 
 
-def ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the main process saves and ends the workers
+def leave_signals(worker):
+    """The main process saves and ends the workers; they must live until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_float(pixels):
@@ -299,43 +373,57 @@ def fenced(script):
 def flags(script, argv):
     """Parse the fenced constants of a script, its globals(), as flags -> a dict of those given.
 
-    BATCH_SIZE = 64 is --batch-size 64; True, False and None (unset) are --compile/--no-compile; the comment
-    at the line's end is the flag's help. A typo ends with argparse's message and status 2.
+    BATCH_SIZE = 64 is --batch-size 64; True, False and None (unset) are --compile/--no-compile; the comment is the
+    flag's help, and its choices if it begins with "one of". A typo ends with argparse's message and status 2.
     """
-    parser = argparse.ArgumentParser(description=script["__doc__"], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=script["__doc__"], allow_abbrev=False, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in fenced(script):
-        default = script[name]
+        default, choices = script[name], re.match(r"one of ([^;]+)", comment)
+        kind = {"type": type(default), "metavar": "X"}
         if default is None or isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):
             kind = {"nargs": "+", "type": type(default[0]) if default else str, "metavar": "X"}
-        else:
-            kind = {"type": type(default), "metavar": "X"}
+        elif choices:
+            kind = {"choices": choices[1].split(", ")}
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{comment} [{default}]".replace("%", "%%"), **kind)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
 
 
-def settings(script, given, presets, preset):
+def settings(script, given, presets=None, preset=""):
     """The block's constants, under the preset's row, under the given flags -> a namespace in lower case.
 
     The row is --preset's, else the one named `preset`, else ImageNet's.
     """
-    preset = given.get("preset") or (preset if preset in presets else "imagenet")
-    one_of(SimpleNamespace(preset=preset), preset=presets)
-    block = {name: script[name] for name, _ in fenced(script)} | presets[preset]
-    return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | {"preset": preset} | given)
-
-
-def one_of(cfg, **choices):
-    """Stop if a setting is none of its choices."""
-    for name, values in choices.items():
-        if getattr(cfg, name) not in values:
-            raise SystemExit(f"error: --{name.replace('_', '-')} {getattr(cfg, name)}: choose one of {', '.join(values)}")
+    block = {name: script[name] for name, _ in fenced(script)}
+    if presets:
+        block["PRESET"] = given.get("preset") or (preset if preset in presets else "imagenet")
+        block |= presets[block["PRESET"]]
+    return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | given)
 
 
 # ---- processes ----------------------------------------------------------------------------------
+
+def guard(main):
+    """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
+    sys.stdout.reconfigure(line_buffering=True)
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")              # of many processes the first one talks
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory; give --grad-checkpoint, or halve --batch-size and double --accum "
+                 f"({str(error).split('. ')[1]})")
+    except OSError as error:
+        sys.exit(f"error: {error.strerror or error}: {error.filename or 'writing failed'}; what was saved before is intact")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def start(cfg):
     """Choose the device, join the group if torchrun started this process -> rank, world size, device, autocast.
@@ -348,42 +436,16 @@ def start(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=1))    # the first process may scan or download for long
     torch.set_float32_matmul_precision("high")
-    cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
+    if cfg.bf16 is None:
+        pays = torch.tensor(bf16_pays(device))
+        if world > 1:
+            dist.broadcast(pays, 0)                     # it may be a measurement; all must decide alike
+        cfg.bf16 = bool(pays)
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
     return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
-
-
-def say(*args, **kwargs):
-    """print() in the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*args, **kwargs, flush=True)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def share(cfg, world):
-    """The update's batch, batch_size x accum images, over the processes -> micro-batch, micro-steps.
-
-    The batch stays what was asked for whatever the number of processes, or this stops.
-    """
-    total = cfg.batch_size * cfg.accum
-    steps = -(-cfg.accum // world)
-    if total % (steps * world):
-        near = round(total / (steps * world)) or 1
-        raise SystemExit(f"error: a batch of {total} does not divide over {world} processes x {steps} "
-                         f"micro-steps; the nearest that does is {near * steps * world}")
-    return total // (steps * world), steps
-
-
-def schedule(n, micro, steps, start, stop, rank, world, seed):
-    """Rows of this process's micro-batches, updates start..stop, in the order they are used."""
-    for k in range(start * steps, stop * steps):
-        yield order(n, (k * world + rank) * micro, micro, seed)
 
 
 def bf16_pays(device):
@@ -392,6 +454,22 @@ def bf16_pays(device):
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     a, b = torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)
     return min(timeit.repeat(lambda: b @ b, number=1)) < 0.7 * min(timeit.repeat(lambda: a @ a, number=1))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process does what follows alone, then all others: they find what it made."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
 
 
 class Signals:
@@ -407,37 +485,26 @@ class Signals:
         self.caught = number
 
     def check(self, step, save):
-        """Save and leave if any process has caught one: status 0 after SIGTERM, a scheduler's, else 1."""
+        """Save and leave if any process has caught one."""
         if dist.is_initialized():                       # all must agree before one leaves the loop
             caught = torch.tensor(self.caught)
             dist.all_reduce(caught, dist.ReduceOp.MAX)
             self.caught = int(caught)
         if self.caught:
             save(step)
-            say(f"\nsaved at step {step:,}; go on with --resume")
-            sys.exit(0 if self.caught == signal.SIGTERM else 1)
+            self.leave(f"saved at step {step:,}; go on with --resume")
+
+    def leave(self, message):
+        """End with status 0 after SIGTERM, a scheduler's pre-emption, else 1."""
+        print(f"\n{message}")
+        sys.exit(0 if self.caught == signal.SIGTERM else 1)
 
 
-def guard(main):
-    """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory; halve --batch-size and double --accum ({str(error).split('. ')[1]})")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename or 'writing failed'}; what was saved before is intact")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-# ---- checkpoints and logs -----------------------------------------------------------------------
+# ---- files and checkpoints ----------------------------------------------------------------------
 
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
-    partial = f"{path}.{os.getpid()}.part"
+    partial = f"{path}.part"                            # what a kill left behind is overwritten
     try:
         with open(partial, "wb") as f:
             write(f)
@@ -452,12 +519,27 @@ def replace_file(path, write):
 
 
 def new_array(path, dtype, shape):
-    """Create a .npy file and map it; its space is taken now, so that a full disk stops here, not in a crash later."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):                      # not on macOS
+    """Create a .npy file of zeros; its space is taken now, so that a full disk stops here, not in a crash later."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):                  # not on macOS
         with open(path, "r+b") as f:
             os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    return array
+
+
+def open_array(path):
+    """Map a .npy file, without running code from it."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise SystemExit(f"error: {path} is truncated or no array ({error}): remove it, to make it again")
+
+
+def write_rows(path, first, rows):
+    """Overwrite rows of a .npy file, those from `first` on; other processes, on other machines too, may write others."""
+    offset = open_array(path).offset
+    with open(path, "r+b") as f:
+        f.seek(offset + first * rows[0].nbytes)
+        f.write(rows.tobytes())
 
 
 def load_checkpoint(path, made_by):
@@ -473,23 +555,16 @@ def load_checkpoint(path, made_by):
     return state
 
 
+def folder_of(dataset):
+    return os.path.join("out", os.path.basename(os.path.normpath(dataset)))
+
+
 def newest(name, made_by):
     """The youngest out/*/<name>."""
     found = sorted(pathlib.Path("out").glob(f"*/{name}"), key=os.path.getmtime)
     if not found:
         raise SystemExit(f"error: no out/*/{name} here: run {made_by} first, or name a run with --out")
     return str(found[-1])
-
-
-def folder_of(dataset):
-    return os.path.join("out", os.path.basename(os.path.normpath(dataset)))
-
-
-def run_folder(given, name, made_by, default):
-    """The run's folder that the flags mean: --out, else out/<data>, else with --resume the newest run's."""
-    if "out" in given or "data" in given:
-        return given.get("out") or folder_of(given["data"])
-    return os.path.dirname(newest(name, made_by)) if given.get("resume") else default
 
 
 def begin(cfg, given, name, made_by):
@@ -503,32 +578,47 @@ def begin(cfg, given, name, made_by):
         state = load_checkpoint(path, made_by)
         for key, old in state["config"].items():
             if key in given and given[key] != old:
-                say(f"resume: {key} was {old}, is now {given[key]}")
+                print(f"resume: {key} was {old}, is now {given[key]}")
             elif key not in given and key not in ("resume", "out", "device"):
                 setattr(cfg, key, old)
-        say(f"resuming {path} at step {state['step']:,}")
+        print(f"resuming {path} at step {state['step']:,}")
         return state
     if os.path.exists(path) and not cfg.overwrite:
         raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, "
                          f"or replace it with --overwrite")
 
 
+def note(cfg, state, train):
+    """Add the classes, the dataset and the version of the code to the settings; on resume, name what has changed."""
+    scripts = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("data.py", "vae.py", "diffusion.py")]
+    for key, now in (("dataset", str(train)), ("code", hashlib.sha256(b"".join(scripts)).hexdigest()[:8])):
+        if state and state["config"][key] != now:
+            print(f"resume: the {key} was {state['config'][key]}, is now {now}: the run goes on, but not as it would have")
+        setattr(cfg, key, now)
+    cfg.classes = train.classes
+
+
+# ---- progress and speed -------------------------------------------------------------------------
+
 class Log:
     """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed.
 
-    `values` holds the latest of every column. Only the first process writes.
+    `values` holds the latest of every column. The first process alone writes; nobody does if `path` is empty.
     """
 
-    def __init__(self, path, step, total):
-        self.path, self.total, self.values, self.columns, self.board = path, total, {"step": step}, None, None
-        self.step, self.clock, self.shown, self.in_a_row = step, time.perf_counter(), 0.0, 0
-        self.writes = os.environ.get("RANK", "0") == "0"
+    def __init__(self, path, step, total, flops, peak):
+        """`flops` is per image, `peak` the FLOP/s of all devices; a resumed run drops what came after its `step`."""
+        self.path, self.step, self.total, self.flops, self.peak = path, step, total, flops, peak
+        self.values, self.columns, self.clock, self.shown, self.board = {}, None, time.perf_counter(), 0.0, None
+        self.skipped = self.in_a_row = self.longest = 0.0   # updates skipped: all, the last in a row, the most in a row
+        self.writes = path and os.environ.get("RANK", "0") == "0"
+        rows = list(csv.reader(open(path))) if step and os.path.exists(path) else []
+        rows = [row for row in rows if row is rows[0] or len(row) == len(rows[0]) and int(row[0]) <= step]
+        if rows[1:]:
+            self.columns, self.values = rows[0], {name: float(value or "nan") for name, value in zip(rows[0], rows[-1])}
+            self.skipped = self.values["skipped"]
         if self.writes:
-            lines = pathlib.Path(path).read_text().splitlines(True) if step and os.path.exists(path) else []
-            if lines:                                       # a resumed run drops what came after its checkpoint
-                self.columns = lines[0].strip().split(",")
-                lines[1:] = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
-            replace_file(path, lambda f: f.write("".join(lines).encode()))
+            replace_file(path, lambda f: f.write("".join(",".join(row) + "\n" for row in rows[:1] * bool(self.columns) + rows[1:]).encode()))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
@@ -540,49 +630,97 @@ class Log:
         yield
         self.clock += time.perf_counter() - start
 
-    def finite(self, step, *norms):
-        """Whether to apply an update with gradients of these norms; the tenth in a row that is not finite stops the run.
+    def skip_unsound(self, norms, *optimisers):
+        """Have the next step of the optimisers do nothing if a gradient norm is a spike or not finite.
 
-        The norms are those of the averaged gradients, so all processes decide alike.
+        Decided on the device, without waiting for it, on the norms of the averaged gradients: all processes alike.
         """
-        finite = all(map(math.isfinite, norms))
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        self.values["skipped"] = self.values.get("skipped", 0) + (not finite)
-        if not finite:
-            say(f"\nstep {step}: gradient not finite, update skipped")
-        if self.in_a_row == 10:
-            raise SystemExit("error: ten updates in a row were not finite; the checkpoint is from before: go on with "
-                             "--resume and a lower --lr, or --no-bf16")
-        return finite
+        unsound = (~(torch.stack(norms) < SPIKE).all()).float()         # a NaN is not below
+        for optimiser in optimisers:
+            optimiser.found_inf = unsound                               # what a fused AdamW looks at
+        self.skipped = self.skipped + unsound
+        self.in_a_row = (self.in_a_row + unsound) * unsound
+        self.longest = torch.maximum(self.in_a_row, torch.as_tensor(self.longest, device=unsound.device))
 
     def row(self, step, batch, show, **values):
         """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""
+        if self.longest >= 10:
+            raise SystemExit(f"error: ten updates in a row had gradients not finite or of a norm above {SPIKE:g} and were skipped; "
+                             f"go on from the checkpoint with --resume and a lower --lr, or --no-bf16")
         now, seconds = time.perf_counter(), 0.0
         if step > self.step:
             seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
-            self.values["images/s"] = batch / seconds
-        self.values |= {"step": step, **values}
+            self.values |= {"images/s": batch / seconds, "mfu": batch * self.flops / seconds / self.peak}
+        self.values |= {"step": step, "skipped": float(self.skipped), **values}
         if not self.writes:
             return
         with open(self.path, "a") as f:
             if not self.columns:
-                self.columns = list(self.values)
+                self.columns = ["step", *(name for name in self.values if name != "step")]
                 f.write(",".join(self.columns) + "\n")
-            row = [self.values.get(column, "") for column in self.columns]
-            f.write(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row) + "\n")
-        for key, value in self.values.items() if self.board else ():
-            self.board.add_scalar(key, value, step)
+            f.write(",".join(f"{self.values.get(name, ''):.6g}" if isinstance(self.values.get(name), float) else str(self.values.get(name, "")) for name in self.columns) + "\n")
+        for name, value in self.values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+        show = (*show, "skipped") if self.values["skipped"] else show
         line = "  ".join([f"step {step:,}/{self.total:,}", f"{(self.total - step) * seconds / 60:.1f} min left",
-                          f"{self.values.get('images/s', 0):.0f} images/s", *(f"{key} {self.values[key]:.4g}" for key in show if key in self.values)])
+                          f"{self.values.get('images/s', 0):.0f} images/s", *(f"{name} {self.values[name]:.4g}" for name in show if name in self.values)])
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
         elif now - self.shown > 10 or step == self.total:
             self.shown = now
-            print(line, flush=True)
+            print(line)
+
+
+def count_flops(step):
+    """FLOPs of step(), whose modules and tensors are made within it and hold no data: torch.device("meta")."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_flops(device, bf16):
+    """FLOP/s that the device can reach: the vendor's dense bf16 figure, else a large matrix product timed here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [peak for gpu, peak in PEAKS.items() if gpu in name and bf16]
+    n = 8192 if name else 2048
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return known[0] if known else 2 * n ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5))
+
+
+class Bench:
+    """The clock of --bench: part(name) ends a part of a step, step() ends the step. Does nothing unless `on`."""
+
+    def __init__(self, on, device):
+        self.on, self.device, self.steps, self.parts, self.last = on, device, [], {}, None
+
+    def part(self, name):
+        if self.on:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            now = time.perf_counter()
+            self.parts[name] = self.parts.get(name, 0) + now - (self.last or now)
+            self.last = now
+
+    def step(self):
+        self.steps.append(self.parts)
+        self.parts = {}
+
+    def report(self, what, images, flops, peak):
+        """Print the medians over all steps but the first three; a step is so many images and FLOPs."""
+        seconds = float(np.median([sum(step.values()) for step in self.steps[3:]]))
+        parts = {name: float(np.median([step[name] for step in self.steps[3:]])) / seconds for name in self.steps[-1]}
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            import resource                             # not on Windows
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"{what}: {seconds:.4g} s for {images} images, {images / seconds:.4g} images/s, {flops / seconds / 1e12:.3g} of "
+              f"{peak / 1e12:.3g} TFLOP/s = {flops / seconds / peak:.0%}, peak memory {memory / 1e9:.2f} GB; "
+              + ", ".join(f"{name} {part:.0%}" for name, part in parts.items()))
 
 
 def main(argv=None):
-    cfg = SimpleNamespace(**{"data": DATA, "data_dir": DATA_DIR, "size": SIZE, "out": OUT} | flags(globals(), argv))
+    cfg = settings(globals(), flags(globals(), argv))
     train, val = load(cfg.data, cfg.data_dir, cfg.size)
     out = cfg.out or folder_of(cfg.data)
     os.makedirs(out, exist_ok=True)

@@ -8,6 +8,7 @@
 Encodes every image once (latents.npy, beside vae.pt), then trains. Writes to the run's folder:
 diffusion.pt, diffusion.csv and samples_*.png, drawn from the averaged weights.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -22,59 +23,63 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
-from vae import Attention, Downsample, ResBlock, Upsample, cosine, load_vae, norm
+import vae as stage_one
+from vae import Attention, Downsample, ResBlock, Upsample, cosine, load_vae, norm, recomputed
 
 # -------------------------------------------------------------------------------------------------
 # run
 DATA = ""                   # dataset; empty: the VAE's
 DATA_DIR = ""               # where it lies; empty: where the VAE found it
-PRESET = ""                 # the row below to start from; empty: the VAE's
+PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: the VAE's
 SIZE = 0                    # pixels a side; 0: the VAE's
 VAE = ""                    # a vae.pt; empty: the one in --out or out/<data>, else the newest out/*/vae.pt
 OUT = ""                    # the run's folder; empty: the VAE's
-MAX_STEPS = 2600            # updates
-BATCH_SIZE = 32             # latents per micro-step, over all processes
+MAX_STEPS = 3200            # updates
+BATCH_SIZE = 16             # latents per micro-step, over all processes
 ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 1300           # updates between pictures and checkpoints
+EVAL_EVERY = 1600           # updates between pictures and checkpoints
 LOG_EVERY = 10              # updates between rows of the log
 SEED = 0                    # of the weights, the order of the latents and all noise
 RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run, or of latents that another VAE made
 # model
-MODEL = "unet"              # unet or dit
-WIDTHS = (64, 128)          # unet: channels at each resolution
+MODEL = "unet"              # one of unet, dit
+WIDTHS = (64, 96)           # unet: channels at each resolution
 BLOCKS = 1                  # unet: residual blocks at each resolution
 ATTENTION_AT = 8            # unet: self-attention where the side is at most this
 DIT = "XS/2"                # dit: size XS, S, B, L, XL / patch
 # loss
-OBJECTIVE = "flow"          # flow (linear path), v (cosine path) or eps (cosine path, predicts the noise)
-TIMES = "uniform"           # density of t in training: uniform or logit-normal
+OBJECTIVE = "flow"          # one of flow, v, eps; the linear path, the cosine path, the same predicting its noise
+TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
 LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for classifier-free guidance
 # optimiser
-LR = 2e-3                   # AdamW
+LR = 1.5e-3                 # AdamW
 LR_MIN = 1e-5               # where the cosine ends; equal to LR: constant
 LR_WARMUP = 100             # updates of linear warmup
 CLIP = 1.0                  # gradient norm
 EMA = 0.999                 # decay of the averaged weights
 # pictures
 CFG = 3.0                   # guidance scale, here and sample.py's default
-SAMPLE_STEPS = 50           # sampler steps, here and sample.py's default
+SAMPLE_STEPS = 25           # sampler steps, here and sample.py's default
 SAMPLES = 80                # images in a picture, of ten classes at most
 # system
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
 COMPILE = None              # torch.compile; unset: on a GPU
+GRAD_CHECKPOINT = False     # save memory: recompute the blocks in the backward pass, average on the CPU
+WORKERS = 8                 # processes that read images or latents which do not fit in memory
+BENCH = False               # time encoding and training on random images and stop; writes nothing
 # -------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
     "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
-                    OBJECTIVE="v", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0),
+                    OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50),
     "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=256, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384), BLOCKS=2,
-                     DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0, SAMPLES=20),
+                     DIT="B/2", TIMES="uniform", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50, SAMPLES=20),
 }
 DIT_SIZES = {"XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
-CODED_PIXELS = 2 ** 20      # encoded or decoded at once: 16 images of 256x256, within a 12 GB card
+CODED_PIXELS = 2 ** 18      # encoded or decoded at once: 4 images of 256x256, a gigabyte or two
 
 
 # ---- the method: paths, loss, sampler -----------------------------------------------------------
@@ -196,16 +201,19 @@ class Conditioning(nn.Module):
 
 
 class CondBlock(ResBlock):
-    """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal and Nichol 2021)."""
+    """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal and Nichol 2021).
 
-    def __init__(self, c_in, c_out, d):
+    x [b, c_in, h, w], conditioning [b, d] -> [b, c_out, h, w], with self-attention behind it if asked for.
+    """
+
+    def __init__(self, c_in, c_out, d, attention=False):
         super().__init__(c_in, c_out)
-        self.condition = nn.Linear(d, 2 * c_out)
+        self.condition, self.attention = nn.Linear(d, 2 * c_out), Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, c):
         scale, shift = self.condition(F.silu(c))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
-        return self.shortcut(x) + self.conv2(F.silu(h))
+        return self.attention(self.shortcut(x) + self.conv2(F.silu(h)))
 
 
 class UNet(nn.Module):
@@ -214,11 +222,12 @@ class UNet(nn.Module):
     def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8):
         super().__init__()
         c, d, skips = widths[0], 4 * widths[0], [widths[0]]
+        self.recompute = False                                          # the blocks in the backward pass, to save memory
         self.conditioning, self.first = Conditioning(d, num_classes), nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
         def block(c_in, c_out):
-            return nn.ModuleList([CondBlock(c_in, c_out, d), Attention(c_out) if side <= attention_at else nn.Identity()])
+            return CondBlock(c_in, c_out, d, side <= attention_at)
 
         for i, width in enumerate(widths):
             if i:
@@ -227,7 +236,7 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 self.down.append(block(c, width))
                 c, skips = width, skips + [width]
-        self.middle = nn.ModuleList([CondBlock(c, c, d), Attention(c), CondBlock(c, c, d)])
+        self.middle = nn.ModuleList([CondBlock(c, c, d, True), CondBlock(c, c, d)])
         for i, width in enumerate(reversed(widths)):
             if i:
                 self.up.append(Upsample(c))
@@ -242,12 +251,16 @@ class UNet(nn.Module):
         c, x = self.conditioning(t, y), self.first(x)
         skips = [x]
         for layer in self.down:
-            x = layer(x) if isinstance(layer, Downsample) else layer[1](layer[0](x, c))
+            x = layer(x) if isinstance(layer, Downsample) else self.run(layer, x, c)
             skips.append(x)
-        x = self.middle[2](self.middle[1](self.middle[0](x, c)), c)
+        for layer in self.middle:
+            x = self.run(layer, x, c)
         for layer in self.up:
-            x = layer(x) if isinstance(layer, Upsample) else layer[1](layer[0](torch.cat([x, skips.pop()], 1), c))
+            x = layer(x) if isinstance(layer, Upsample) else self.run(layer, torch.cat([x, skips.pop()], 1), c)
         return self.last(x)
+
+    def run(self, block, x, c):
+        return recomputed(block, x, c) if self.recompute else block(x, c)
 
 
 def positions(d, side):
@@ -289,6 +302,7 @@ class DiT(nn.Module):
 
     def __init__(self, channels, side, num_classes, name="B/2"):
         super().__init__()
+        self.recompute = False
         size, patch = name.split("/")
         (d, depth, heads), self.patch = DIT_SIZES[size], int(patch)
         self.embed = nn.Conv2d(channels, d, self.patch, stride=self.patch)
@@ -309,7 +323,7 @@ class DiT(nn.Module):
         c = self.conditioning(t, y)
         x = self.embed(x).flatten(2).transpose(1, 2) + self.positions                       # [b, n, d]
         for block in self.blocks:
-            x = block(x, c)
+            x = recomputed(block, x, c) if self.recompute else block(x, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
         x = self.out(modulate(self.norm(x), shift, scale))                                  # [b, n, patch * patch * c]
         x = x.view(b, h // self.patch, w // self.patch, self.patch, self.patch, channels)
@@ -343,29 +357,50 @@ def fingerprint(vae):
 class Latents:
     """latents.npy, float16 [images, views, 2, c, h, w]: mean and log-variance of each image and its mirror.
 
-    Every view is a row of its own in training: row r is image r // views.
+    Every view is a row of its own in training: row r is image r // views. They live on the device if they take less
+    than a third of what is free there, else every process maps the file.
     """
 
-    def __init__(self, file, labels):
-        self.moments, self.labels = np.load(file, mmap_mode="r"), labels
-        self.views, self.resident = self.moments.shape[1], self.moments.nbytes <= data.RESIDENT_BYTES
-        self.moments = self.moments.reshape(-1, *self.moments.shape[2:])
+    def __init__(self, file, labels, device):
+        self.file, self.labels, self.moments = file, labels, None
+        self.shape = data.open_array(file).shape
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 3 * data.RESIDENT_BYTES
+        self.resident = 2 * math.prod(self.shape) < free / 3
 
     def __len__(self):
-        return len(self.moments)
+        return self.shape[0] * self.shape[1]
+
+    def open(self):
+        return data.open_array(self.file).reshape(-1, *self.shape[2:])
 
     def to(self, device):
-        self.moments, self.labels = torch.from_numpy(np.array(self.moments)).to(device), self.labels.to(device)
+        self.moments = torch.empty(len(self), *self.shape[2:], dtype=torch.float16, device=device)
+        for part, rows in zip(self.moments.split(4096), np.split(self.open(), range(4096, len(self), 4096))):
+            part.copy_(torch.from_numpy(np.array(rows)))            # not the whole file in memory at once
+        self.labels = self.labels.to(device)
 
     def __getitems__(self, rows):
         """Rows int64 [m] -> float16 [m, 2, c, h, w], classes int64 [m]."""
-        moments = self.moments[rows] if torch.is_tensor(self.moments) else torch.from_numpy(self.moments[rows.numpy()])
-        return moments, self.labels[rows // self.views]
+        if self.resident:
+            return self.moments[rows], self.labels[rows // self.views]
+        self.moments = self.open() if self.moments is None else self.moments
+        return torch.from_numpy(self.moments[rows.numpy()]), self.labels[rows // self.views]
+
+    @property
+    def views(self):
+        return self.shape[1]
 
 
 @torch.no_grad()
-def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast):
-    """Encode every image and its mirror into one memory map; goes on where it stopped -> the scale, 1 / std.
+def encode(vae, x, views, autocast):
+    """Images [m, 3, s, s] -> means and log-variances of them and of their mirror images, float16 [m, views, 2, c, h, w]."""
+    with autocast:
+        pairs = [torch.stack(vae.encode(x.flip(3) if view else x), 1) for view in range(views)]
+    return torch.stack(pairs, 1).half()
+
+
+def precompute(vae, train, file, facts, cfg, signals, rank, world, device, autocast):
+    """Encode every image and its mirror into one array; goes on where it stopped -> the scale, 1 / std.
 
     Block i, as many images as CODED_PIXELS allows, is the work of process i % world, and one batch whoever does it:
     the latents do not depend on the processes. `.done` keeps a byte for each block. Stops if the latents that lie
@@ -376,11 +411,10 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
     blocks = -(-len(train) // size)
     if rank == 0:
         found = json.load(open(facts_file)) if os.path.exists(facts_file) and os.path.exists(file) else {}
-        same = {key: found.get(key) for key in facts} == facts
-        if found and not same and not overwrite:
-            wrong = ", ".join(f"{key} {found.get(key)} instead of {facts[key]}" for key in facts if found.get(key) != facts[key])
+        wrong = ", ".join(f"{key} {found.get(key)} instead of {facts[key]}" for key in facts if found.get(key) != facts[key])
+        if found and wrong and not cfg.overwrite:
             raise SystemExit(f"error: {file} holds other latents ({wrong}): remake them with --overwrite, or move them away")
-        if not same:
+        if wrong:
             shape = (len(train), 1 + train.flip, 2, vae.z_channels, train.size // vae.factor, train.size // vae.factor)
             for name in (facts_file, file, done_file):
                 if os.path.exists(name):
@@ -389,34 +423,33 @@ def precompute(vae, train, file, facts, overwrite, rank, world, device, autocast
             data.new_array(done_file, np.uint8, (blocks,))
             data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
     data.barrier()
-    moments, done = np.load(file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
+    done = np.array(data.open_array(done_file))
     todo = [i for i in range(rank, blocks, world) if not done[i]]
     rows = [torch.arange(i * size, min((i + 1) * size, len(train))) for i in todo]
     clock = time.perf_counter()
-    for k, (i, (pixels, _)) in enumerate(zip(todo, data.feed(train, iter(rows), device))):
-        x = data.to_float(pixels)
-        for view in range(moments.shape[1]):
-            with autocast:
-                mean, logvar = vae.encode(x.flip(3) if view else x)
-            moments[i * size:(i + 1) * size, view] = torch.stack([mean, logvar], 1).half().cpu().numpy()
-        done[i] = 1
+    for k, (i, (pixels, _)) in enumerate(zip(todo, data.feed(train, iter(rows), device, cfg.workers))):
+        data.write_rows(file, i * size, encode(vae, data.to_float(pixels), 1 + train.flip, autocast).cpu().numpy())
+        data.write_rows(done_file, i, np.ones(1, np.uint8))
+        train.check()
         if k % 10 == 9 or i == todo[-1]:
             rate = (k + 1) * size * world / (time.perf_counter() - clock)
-            data.say(f"\rencoding {min((i + 1) * size, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
-    moments.flush(), done.flush()
+            print(f"\rencoding {min((i + 1) * size, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
+        if signals.caught:
+            signals.leave("the latents made so far are kept; run again to go on")
     if todo:
-        data.say()
+        print()
     data.barrier()
-    if not done.all():
-        raise SystemExit(f"error: {file} misses {int((done == 0).sum())} of {blocks} blocks: run again")
     if rank == 0 and "scale" not in json.load(open(facts_file)):
-        total = np.zeros(2)
-        for i in range(0, len(moments), 1024):
-            mean, logvar = moments[i:i + 1024, :, 0].astype(np.float64), moments[i:i + 1024, :, 1].astype(np.float64)
-            total += mean.sum(), (mean ** 2 + np.exp(logvar)).sum()
-        mean, second = total / (moments.size / 2)
-        scale = 1 / math.sqrt(second - mean ** 2)
-        data.replace_file(facts_file, lambda f: f.write(json.dumps({**facts, "scale": scale, "mean": mean}).encode()))
+        moments, total = data.open_array(file), 0
+        for i in range(blocks):
+            mean, logvar = torch.from_numpy(np.array(moments[i * size:(i + 1) * size])).to(device).float().unbind(2)
+            if not (logvar != 0).flatten(1).any(1).all():               # lost, by a machine that crashed before its disk wrote
+                data.write_rows(done_file, i, np.zeros(1, np.uint8))
+                raise SystemExit(f"error: {file} misses latents of images from {i * size:,} on: run again to make them")
+            total += torch.stack([mean.sum(), (mean.square() + logvar.exp()).sum()]).cpu().double()
+        mean, second = (total / (moments.size / 2)).tolist()
+        facts = {**facts, "mean": mean, "scale": 1 / math.sqrt(second - mean ** 2)}
+        data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
     data.barrier()
     return json.load(open(facts_file))["scale"]
 
@@ -440,7 +473,48 @@ def draw(cfg, step, batch, device):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """ema = d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): the start is forgotten soon."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+    averages = list(ema.parameters())
+    weights = [p.to(averages[0].device) for p in model.parameters()]
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@contextlib.contextmanager
+def averaged(model, ema):
+    """Within, the two have each other's weights: the model draws with the averages, without memory for a third copy."""
+    def swap():
+        for p, q in zip(model.parameters(), ema.parameters()):
+            p.data, q.data = q.data.to(p.device), p.data.to(q.device)
+    swap()
+    yield
+    swap()
+
+
+def flops_per_image(cfg):
+    """Of the forward and backward pass, without what --grad-checkpoint computes again."""
+    def step():
+        x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
+        diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long(), t.bool(), 0).mean().backward()
+    return data.count_flops(step)
+
+
+def untrained_vae(given):
+    """What --bench measures: the VAE of --preset, or of --data's preset -> (VAE, its settings)."""
+    config = data.settings(vars(stage_one), {}, stage_one.PRESETS, given.get("preset") or given.get("data", "shapes"))
+    return stage_one.build(config).eval().requires_grad_(False), config
+
+
+def bench_encoding(vae, vae_config, cfg, device, autocast):
+    """Time the encoding of random images -> random latents of 1,000 classes to train on."""
+    images, bench = data.synthetic(cfg.size, count=max(1, CODED_PIXELS // cfg.size ** 2)), data.Bench(True, device)
+    images.to(device)
+    for _ in range(8):
+        bench.part("encoder")
+        encode(vae, data.to_float(images.pixels), 1, autocast)
+        bench.part("encoder")
+        bench.step()
+    flops = data.count_flops(lambda: stage_one.build(vae_config).encode(torch.empty(1, 3, cfg.size, cfg.size)))
+    bench.report("encoding", len(images), len(images) * flops, data.peak_flops(device, cfg.bf16))
+    return data.Images(images.classes, images.labels, cfg.side, torch.randn(len(images), 2, cfg.z_channels, cfg.side, cfg.side).half())
 
 
 def load_denoiser(path, device="cpu"):
@@ -468,31 +542,45 @@ def find_vae(given, out):
 
 def main(argv=None):
     given = data.flags(globals(), argv)
-    out = data.run_folder(given, "diffusion.pt", "diffusion.py", "")
-    vae_file = find_vae(given, out)
-    vae, vae_state = load_vae(vae_file)
-    of_vae = SimpleNamespace(**vae_state["config"])
-    cfg = data.settings(globals(), given, PRESETS, of_vae.preset)
-    data.one_of(cfg, model=("unet", "dit"), objective=("flow", "v", "eps"), times=("uniform", "logit-normal"))
-    cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or of_vae.data
-    cfg.data_dir, cfg.size = cfg.data_dir or of_vae.data_dir, cfg.size or of_vae.size
-    data.say(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {of_vae.data}")
-    state = data.begin(cfg, given, "diffusion.pt", "diffusion.py")
+    out = given.get("out") or ("data" in given and data.folder_of(given["data"]))
+    if given.get("resume") and not out:
+        out = os.path.dirname(data.newest("diffusion.pt", "diffusion.py"))
+    if given.get("bench"):
+        vae, vae_config, vae_file = *untrained_vae(given), ""
+    else:
+        vae_file = find_vae(given, out)
+        vae, vae_state = load_vae(vae_file)
+        vae_config = SimpleNamespace(**vae_state["config"])
+        print(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {vae_config.data}")
+    cfg = data.settings(globals(), given, PRESETS, vae_config.preset)
+    cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or vae_config.data
+    cfg.data_dir, cfg.size = cfg.data_dir or vae_config.data_dir, cfg.size or vae_config.size
+    state = None if cfg.bench else data.begin(cfg, given, "diffusion.pt", "diffusion.py")
     rank, world, device, autocast = data.start(cfg)
-    train, _ = data.load(cfg.data, cfg.data_dir, cfg.size)
-    cfg.classes, cfg.z_channels, cfg.side = train.classes, vae.z_channels, cfg.size // vae.factor
+    signals, bench = data.Signals(), data.Bench(cfg.bench, device)
     micro, steps = data.share(cfg, world)
-    batch, null = micro * steps * world, len(cfg.classes)
-    torch.manual_seed(cfg.seed)
-    vae, model = vae.to(device), build(cfg).to(device)
+    batch = micro * steps * world
+    cfg.z_channels, cfg.side = vae.z_channels, cfg.size // vae.factor
 
+    # latents
+    vae = vae.to(device)
     latents_file = os.path.join(os.path.dirname(vae_file), "latents.npy")
-    facts = {"vae": fingerprint(vae), "data": cfg.data, "size": cfg.size, "images": len(train)}
-    scale = precompute(vae, train, latents_file, facts, cfg.overwrite, rank, world, device, autocast)
-    latents = Latents(latents_file, train.labels.cpu())
-    del train
+    if cfg.bench:
+        latents, scale = bench_encoding(vae, vae_config, cfg, device, autocast), 1.0
+        cfg.classes, cfg.max_steps = latents.classes, given.get("max_steps", 20)
+    else:
+        train, _ = data.load(cfg.data, cfg.data_dir, cfg.size, os.path.dirname(vae_file))
+        data.note(cfg, state, train)
+        facts = {"vae": fingerprint(vae), "data": str(train), "size": cfg.size}
+        scale = precompute(vae, train, latents_file, facts, cfg, signals, rank, world, device, autocast)
+        latents = Latents(latents_file, train.labels.cpu(), device)
+        del train                                           # its pixels may lie on the device
+    null = len(cfg.classes)
 
-    ema = build(cfg).to(device).requires_grad_(False)
+    torch.manual_seed(cfg.seed)
+    model = build(cfg).to(device)
+    model.recompute = cfg.grad_checkpoint
+    ema = build(cfg).to("cpu" if cfg.grad_checkpoint else device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     if state:
@@ -501,9 +589,9 @@ def main(argv=None):
                              f"back, or start again with --overwrite")
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
     start = state["step"] if state else 0
-    data.say(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
-             f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
-             f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
+    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
+          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
 
     if cfg.compile:
         model.compile()                                     # in place: the names of the weights stay
@@ -513,8 +601,8 @@ def main(argv=None):
     noise_at_start = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
 
     def picture(step):
-        with autocast:
-            *_, z = sample(ema, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
+        with autocast, averaged(model, ema):                # forward: uncompiled, it is another batch
+            *_, z = sample(model.forward, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
         data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), decode(vae, z, scale), shown)
 
     def save(step):
@@ -524,8 +612,9 @@ def main(argv=None):
                  "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "scale": scale,
                  "vae": os.path.relpath(vae_file, cfg.out), "vae_fingerprint": facts["vae"]}, f))
 
-    log, signals = data.Log(os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps), data.Signals()
-    batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
+    flops, peak = flops_per_image(cfg), data.peak_flops(device, cfg.bf16) * world
+    log = data.Log("" if cfg.bench else os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, flops, peak)
+    batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device, cfg.workers)
     for step in range(start, cfg.max_steps + 1):
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
@@ -533,7 +622,7 @@ def main(argv=None):
             group["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
 
         # picture, checkpoint
-        if step > start and (step % cfg.eval_every == 0 or step == cfg.max_steps):
+        if step > start and not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps):
             with log.aside():
                 if rank == 0:
                     picture(step)
@@ -544,6 +633,7 @@ def main(argv=None):
 
         # micro-steps
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
+        bench.part("log")
         z_noise, e, t, dropped = draw(cfg, step, batch, device)
         losses = torch.zeros(batch, device=device)
         for k in range(steps):
@@ -551,26 +641,33 @@ def main(argv=None):
             moments, y = next(batches)
             mean, logvar = moments.float().unbind(1)
             x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale)
+            bench.part("data")
             run.require_backward_grad_sync = k == steps - 1             # DDP averages at the last micro-step only
             with autocast:
                 loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y, dropped[rows], null)
             (loss.mean() / steps).backward()
             losses[rows] = loss.detach()
+            bench.part("denoiser")
 
         # clip, step
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-        if log.finite(step, grad_norm):
-            opt.step()
-            update_ema(ema, model, cfg.ema, step)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        log.skip_unsound([grad_norm], opt)
+        opt.step()
         opt.zero_grad()
+        bench.part("optimiser")
+        update_ema(ema, model, cfg.ema, step)
+        bench.part("EMA")
+        bench.step()
 
         # log
-        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps:
+        if not cfg.bench and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps):
             mine = losses != 0
             quarters = {f"loss_t{q + 1}/4": losses[mine & (t * 4).long().eq(q)].mean().item() for q in range(4)}
-            log.row(step + 1, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm,
+            log.row(step + 1, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm.item(),
                     lr=opt.param_groups[0]["lr"])
-    data.say(f"{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
+    if cfg.bench:
+        return bench.report("update", batch, flops * batch, peak)
+    print(f"{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
 
 
 if __name__ == "__main__":

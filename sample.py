@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import diffusion
 from diffusion import decode, load_denoiser, sample, start_noise
 
 # -------------------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ CLASS = ()                  # classes, by index or name; empty: all (10 of them 
 N = 0                       # images, spread evenly over the classes; 0: 8 of each
 CFG = -1.0                  # guidance scale, 1: none; below 0: as in the run's pictures
 STEPS = 0                   # sampler steps; 0: as in the run's pictures
-SAMPLER = "euler"           # euler (DDIM on the cosine path) or heun, twice the work a step
+SAMPLER = "euler"           # one of euler, heun; euler is DDIM on the cosine path, heun twice the work a step
 INTERVAL = (0.0, 1.0)       # guide only while t, from 1 (noise) to 0 (data), lies within
 SEED = 0                    # image i is a function of (seed, i)
 BATCH_SIZE = 64             # images at a time
@@ -35,6 +36,8 @@ GIF = ""                    # file for the denoising of the grid as an animation
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast in the denoiser; unset: where it is faster
 COMPILE = False             # torch.compile of the denoiser: pays from about a thousand images
+PRESET = "shapes"           # one of shapes, cifar10, imagenet; the models that --bench takes, untrained
+BENCH = False               # time the sampling of a batch and stop; writes nothing
 # -------------------------------------------------------------------------------------------------
 
 
@@ -52,15 +55,41 @@ def find_class(word, classes):
     return names.index(word.lower())
 
 
+def bench(cfg):
+    """Time noise, denoiser and decoder on one batch, with untrained models of the preset."""
+    _, _, device, autocast = data.start(cfg)
+    vae, vae_config = diffusion.untrained_vae({"preset": cfg.preset})
+    run = data.settings(vars(diffusion), {}, diffusion.PRESETS, cfg.preset)
+    run.classes, run.z_channels, run.side = range(1000), vae.z_channels, vae_config.size // vae.factor
+    vae, model, clock = vae.to(device), diffusion.build(run).to(device).requires_grad_(False), data.Bench(True, device)
+    denoise = torch.compile(model) if cfg.compile else model
+    steps, guidance, n = cfg.steps or run.sample_steps, run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.batch_size
+    for _ in range(6):
+        clock.part("noise")
+        x, y = start_noise(n, (run.z_channels, run.side, run.side), cfg.seed).to(device), torch.arange(n, device=device)
+        clock.part("noise")
+        with autocast:
+            *_, z = sample(denoise, run.objective, x, y, 1000, steps, guidance, cfg.sampler, cfg.interval)
+        clock.part("denoiser")
+        decode(vae, z, 1.0)
+        clock.part("decoder")
+        clock.step()
+    calls = steps * (1 + (guidance != 1)) * (1 + (cfg.sampler == "heun"))
+    one = torch.zeros(1, device="meta")
+    flops = data.count_flops(lambda: diffusion.build(run)(x[:1].to("meta"), one, one.long())) * calls \
+        + data.count_flops(lambda: diffusion.stage_one.build(vae_config).decode(z[:1].to("meta")))
+    clock.report(f"sampling, {steps} {cfg.sampler} steps at cfg {guidance:g}", n, n * flops, data.peak_flops(device, cfg.bf16))
+
+
 def main(argv=None):
-    block = {name.lower(): globals()[name] for name, _ in data.fenced(globals())}
-    cfg = SimpleNamespace(**block | data.flags(globals(), argv))
-    data.one_of(cfg, sampler=("euler", "heun"))
+    cfg = data.settings(globals(), data.flags(globals(), argv))
+    if cfg.bench:
+        return bench(cfg)
     rank, world, device, autocast = data.start(cfg)
     path = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
     model, vae, state = load_denoiser(path, device)
     run = SimpleNamespace(**state["config"])
-    data.say(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
+    print(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
     null, files = len(run.classes), bool(cfg.png or cfg.npz)
     chosen = [find_class(word, run.classes) for word in getattr(cfg, "class")] or list(range(null))
@@ -96,7 +125,7 @@ def main(argv=None):
                 canvas[frame, rows] = decode(vae, z, state["scale"]).permute(0, 2, 3, 1).cpu().numpy()
             for i in range(first, rows.stop) if cfg.png else ():
                 data.replace_file(os.path.join(cfg.png, f"{i:06d}.png"), lambda f: Image.fromarray(canvas[-1, i]).save(f, "png"))
-            data.say(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="")
+            print(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="")
         data.barrier()
         if rank == 0:
             columns = len(chosen) if 1 < len(chosen) <= 20 else 8

@@ -7,6 +7,7 @@
 Writes out/<data>/: vae.pt, vae.csv (every loss and its share) and recon_*.png (images above,
 reconstructions below).
 """
+import contextlib
 import math
 import os
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 import data
 
@@ -22,20 +24,20 @@ import data
 # run
 DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
 DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
-PRESET = ""                 # the row below to start from; empty: --data's own, imagenet's for a folder
+PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: by --data
 SIZE = 32                   # pixels a side
 OUT = ""                    # the run's folder; empty: out/<data>
-MAX_STEPS = 1500            # updates of the VAE, and of the discriminator
+MAX_STEPS = 1300            # updates of the VAE, and of the discriminator
 BATCH_SIZE = 16             # images per micro-step, over all processes
 ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 500            # updates between validations, pictures and checkpoints
+EVAL_EVERY = 650            # updates between validations, pictures and checkpoints
 EVAL_IMAGES = 1000          # validation images used, the same ones each time
 LOG_EVERY = 10              # updates between rows of the log
 SEED = 0                    # of the weights, the order of the images and all noise
 RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run
 # model
-WIDTHS = (24, 48)           # channels at each resolution; one halving between neighbours
+WIDTHS = (32, 48)           # channels at each resolution; one halving between neighbours
 BLOCKS = 1                  # residual blocks at each resolution (the decoder has one more)
 Z_CHANNELS = 4              # of the latent
 ATTENTION = False           # self-attention at the lowest resolution
@@ -47,10 +49,10 @@ KL_WARMUP = 0.2             # share of the updates over which the KL's weight gr
 ADV_WEIGHT = 0.02           # on the adversarial loss, after the warmup
 ADV_WARMUP = 0.4            # share of the updates over which the adversarial weight grows from 0
 FM_WEIGHT = 0.1             # on feature matching
-GAN_LOSS = "bce"            # bce or hinge
+GAN_LOSS = "bce"            # one of bce, hinge
 PERCEPTUAL_WEIGHT = 0.0     # on VGG16 features; above 0 torchvision downloads 528 MB of weights
 # optimiser
-LR = 1e-3                   # VAE: AdamW, cosine decay
+LR = 6e-4                   # VAE: AdamW, cosine decay
 LR_MIN = 1e-7               # where the cosine ends
 DISC_LR = 1e-3              # discriminator
 DISC_LR_MIN = 1e-7          # where its cosine ends
@@ -59,6 +61,9 @@ CLIP = 1.0                  # gradient norm of either player
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
 COMPILE = None              # torch.compile; unset: on a GPU
+GRAD_CHECKPOINT = False     # recompute the residual blocks in the backward pass: a third of the memory, slower
+WORKERS = 8                 # processes that decode images which do not fit in memory
+BENCH = False               # time the steps on random images and stop; writes nothing
 # -------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
@@ -73,7 +78,7 @@ BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving targ
 # ---- the autoencoder ----------------------------------------------------------------------------
 
 def norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(channels, min(32, channels // 4)), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -124,6 +129,11 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def recomputed(module, *inputs):
+    """module(*inputs), of which only the inputs are kept for the backward pass."""
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def middle(c, attention):
     return [ResBlock(c, c), Attention(c), ResBlock(c, c)] if attention else [ResBlock(c, c), ResBlock(c, c)]
 
@@ -134,6 +144,8 @@ class VAE(nn.Module):
     f = 2 ** (len(widths) - 1). With widths (128, 256, 512, 512) and 4 latent channels: 83,653,863
     parameters. No convolution at the end of a half starts at zero: the decoder would learn to ignore the latent.
     """
+
+    recompute = False                                   # the residual blocks in the backward pass, to save memory
 
     def __init__(self, widths, blocks=2, z_channels=4, attention=True):
         super().__init__()
@@ -155,14 +167,19 @@ class VAE(nn.Module):
         nn.init.constant_(self.quant.bias.data[z_channels:], -4)        # log-variance: little noise at first
         self.post_quant = nn.Conv2d(z_channels, z_channels, 1)
 
+    def through(self, layers, x):
+        for layer in layers:
+            x = recomputed(layer, x) if self.recompute and isinstance(layer, ResBlock) else layer(x)
+        return x
+
     def encode(self, x):
         """Images [b, 3, s, s] -> mean and log-variance of q(z|x), float32 [b, z_channels, s/f, s/f] each."""
-        mean, logvar = self.quant(self.encoder(x)).float().chunk(2, dim=1)
+        mean, logvar = self.quant(self.through(self.encoder, x)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-20, 20)
 
     def decode(self, z):
         """Latents [b, z_channels, h, w] -> images, float32 [b, 3, f*h, f*w], in [-1, 1] but for overshoot."""
-        return self.decoder(self.post_quant(z)).float()
+        return self.through(self.decoder, self.post_quant(z)).float()
 
     def forward(self, x, noise):
         """Images and standard normal noise (0 for the mean) -> reconstruction, mean, log-variance."""
@@ -247,7 +264,7 @@ class Perceptual(nn.Module):
 
 # ---- training -----------------------------------------------------------------------------------
 
-def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, steps, autocast):
+def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, steps, autocast, part=lambda name: None):
     """Add the gradients of both players on images x [b, 3, s, s], 1/steps of each, from one forward of the VAE.
 
     The discriminator sees a detached reconstruction and is frozen in the VAE's pass, so neither loss
@@ -255,10 +272,12 @@ def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, step
     """
     with autocast:
         recon, mean, logvar = run_vae(x, noise)
+        part("VAE forward")
         logits, features = run_disc(torch.cat([x, recon.detach()]))
         real, fake = logits.chunk(2)
         disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
     (disc_loss / steps).backward()
+    part("discriminator")
 
     disc.requires_grad_(False)
     with autocast:
@@ -271,6 +290,7 @@ def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, step
         loss = sum(weights[name] * value for name, value in terms.items())
     (loss / steps).backward()
     disc.requires_grad_(True)
+    part("VAE backward, through the discriminator")
     values = {**terms, "loss": loss, "disc": disc_loss, "real": real.mean(), "fake": fake.mean()}
     return list(values), torch.stack(list(values.values())).detach()
 
@@ -281,6 +301,15 @@ def cosine(start, end, progress):
 
 def build(cfg):
     return VAE(cfg.widths, cfg.blocks, cfg.z_channels, cfg.attention)
+
+
+def flops_per_image(cfg):
+    """Of both players' forward and backward passes, without what --grad-checkpoint computes again."""
+    def step():
+        vae, disc, x = build(cfg), Discriminator(cfg.size, cfg.disc_width), torch.empty(1, 3, cfg.size, cfg.size)
+        weights = dict.fromkeys(("pixel", "kl", "adv", "fm"), 1.0)
+        micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
+    return data.count_flops(step)
 
 
 def load_vae(path, device="cpu"):
@@ -299,7 +328,7 @@ def evaluate(vae, val, cfg, device, autocast):
         rows = data.order(len(val), start, min(max(8, cfg.batch_size), count - start), seed=0)
         x = data.to_float(val.__getitems__(rows)[0].to(device))
         with autocast:
-            recon, mean, logvar = vae(x, torch.zeros((), device=device))
+            recon, mean, logvar = vae.forward(x, torch.zeros((), device=device))      # uncompiled: another shape
         recon = recon.clamp(-1, 1)
         mse = (recon - x).square().mean((1, 2, 3))
         psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
@@ -314,19 +343,22 @@ def evaluate(vae, val, cfg, device, autocast):
 def main(argv=None):
     given = data.flags(globals(), argv)
     cfg = data.settings(globals(), given, PRESETS, given.get("data", DATA))
-    data.one_of(cfg, gan_loss=("bce", "hinge"))
-    cfg.out = data.run_folder(given, "vae.pt", "vae.py", data.folder_of(cfg.data))
-    state = data.begin(cfg, given, "vae.pt", "vae.py")
+    cfg.out = cfg.out or data.folder_of(cfg.data)
+    state = None if cfg.bench else data.begin(cfg, given, "vae.pt", "vae.py")
     rank, world, device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
     batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
     if cfg.size % factor:
         raise SystemExit(f"error: --size {cfg.size} is no multiple of {factor}, by which {len(cfg.widths)} --widths downsample")
-    train, val = data.load(cfg.data, cfg.data_dir, cfg.size)
-    cfg.classes = train.classes
+    if cfg.bench:
+        train, cfg.max_steps = data.synthetic(cfg.size), given.get("max_steps", 20)
+    else:
+        train, val = data.load(cfg.data, cfg.data_dir, cfg.size, cfg.out)
+        data.note(cfg, state, train)
 
     torch.manual_seed(cfg.seed)
     vae, disc = build(cfg).to(device), Discriminator(cfg.size, cfg.disc_width).to(device)
+    vae.recompute = cfg.grad_checkpoint
     perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
     vae_opt = torch.optim.AdamW(vae.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     disc_opt = torch.optim.AdamW(disc.parameters(), cfg.disc_lr, BETAS, weight_decay=0.0, fused=True)
@@ -335,12 +367,12 @@ def main(argv=None):
         vae_opt.load_state_dict(state["vae_opt"]), disc_opt.load_state_dict(state["disc_opt"])
     start = state["step"] if state else 0
     z_shape = (batch, cfg.z_channels, cfg.size // factor, cfg.size // factor)
-    data.say(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
-             f"{sum(p.numel() for p in vae.parameters()):,} and discriminator {sum(p.numel() for p in disc.parameters()):,} "
-             f"parameters; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
-             f"{' in bf16' if cfg.bf16 else ''}")
-    data.say(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels:.3g} "
-             f"x the KL summed against the pixel loss summed")
+    print(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
+          f"{sum(p.numel() for p in vae.parameters()):,} and discriminator {sum(p.numel() for p in disc.parameters()):,} "
+          f"parameters; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
+          f"{' in bf16' if cfg.bf16 else ''}")
+    print(f"KL weight {cfg.kl_weight:g} per latent element = {cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels:.3g} "
+          f"x the KL summed against the pixel loss summed")
 
     if cfg.compile:
         vae.compile(), disc.compile()                       # in place: the names of the weights stay
@@ -353,8 +385,10 @@ def main(argv=None):
                  "vae": vae.state_dict(), "disc": disc.state_dict(),
                  "vae_opt": vae_opt.state_dict(), "disc_opt": disc_opt.state_dict()}, f))
 
-    log, signals = data.Log(os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps), data.Signals()
-    batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device)
+    flops, peak = flops_per_image(cfg), data.peak_flops(device, cfg.bf16) * world
+    log = data.Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
+    signals, bench = data.Signals(), data.Bench(cfg.bench, device)
+    batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device, cfg.workers)
     source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
     for step in range(start, cfg.max_steps + 1):
         # learning rates and warmups
@@ -366,7 +400,7 @@ def main(argv=None):
         adv_weight = cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9))
 
         # evaluate, picture, checkpoint
-        if step % cfg.eval_every == 0 or step == cfg.max_steps:
+        if not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps):
             with log.aside():
                 if rank == 0:
                     figures, picture = evaluate(vae, val, cfg, device, autocast)
@@ -375,7 +409,6 @@ def main(argv=None):
                 if step > start:
                     save(step)
         if step == cfg.max_steps:
-            log.row(step, batch, shown)                     # once more, with the last validation
             break
         signals.check(step, save)
 
@@ -386,30 +419,38 @@ def main(argv=None):
         noise = torch.randn(z_shape, device=device, generator=source)
         weights = {"pixel": 1.0, "kl": kl_weight, "adv": adv_weight, "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight}
         sums = 0
+        bench.part("log")
         for k in range(steps):
             rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
             x = data.to_float(next(batches)[0])
             x = torch.where(flips[rows], x.flip(3), x)
+            bench.part("data")
             for module in (run_vae, run_disc):
                 module.require_backward_grad_sync = k == steps - 1      # DDP averages at the last micro-step only
-            names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast)
+            names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast, bench.part)
             sums = sums + values / steps
 
         # clip, step
-        vae_norm = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip).item()
-        disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip).item()
-        if log.finite(step, vae_norm, disc_norm):
-            vae_opt.step(), disc_opt.step()
+        vae_norm = nn.utils.clip_grad_norm_(vae.parameters(), cfg.clip)
+        disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip)
+        log.skip_unsound([vae_norm, disc_norm], vae_opt, disc_opt)
+        vae_opt.step(), disc_opt.step()
         vae_opt.zero_grad(), disc_opt.zero_grad()
+        bench.part("optimisers")
+        bench.step()
 
         # log
-        if (step + 1) % cfg.log_every == 0:
+        if (step + 1) % cfg.log_every == 0 and not cfg.bench:
+            train.check()
             values = dict(zip(names, sums.tolist()))
             shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in weights if name in values}
             log.row(step + 1, batch, shown, **values, **shares,
-                    vae_norm=vae_norm, disc_norm=disc_norm, lr=vae_opt.param_groups[0]["lr"])
-    data.say(f"{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
-                                               if key.startswith(("val_", "z_"))))
+                    vae_norm=vae_norm.item(), disc_norm=disc_norm.item(), lr=vae_opt.param_groups[0]["lr"])
+    if cfg.bench:
+        return bench.report("update", batch, flops * batch, peak)
+    log.row(step, batch, shown)                             # once more, with the last validation
+    print(f"{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
+                                            if key.startswith(("val_", "z_"))))
 
 
 if __name__ == "__main__":
