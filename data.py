@@ -11,7 +11,6 @@ the file is what the scripts share to run: flags, processes, checkpoints, logs.
 """
 import argparse
 import contextlib
-import csv
 import datetime
 import functools
 import hashlib
@@ -21,8 +20,6 @@ import pathlib
 import re
 import signal
 import sys
-import time
-import timeit
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -32,7 +29,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.flop_counter import FlopCounterMode
 
 # -------------------------------------------------------------------------------------------------
 DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
@@ -43,9 +39,7 @@ OUT = ""                    # folder for the picture; empty: out/<data>
 SIZES = {"shapes": 32, "cifar10": 64}
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 RESIDENT_BYTES = 4e9        # a set up to this size is decoded once and lives on the device
-SPIKE = 1000.0              # an update whose gradient norm is above this is skipped
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense bf16 FLOP/s
 IMAGE_TYPES = set(Image.registered_extensions())
 
 
@@ -439,21 +433,16 @@ def start(cfg):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=1))    # the first process may scan or download for long
     torch.set_float32_matmul_precision("high")
-    if cfg.bf16 is None:
-        pays = torch.tensor(bf16_pays(device))
-        if world > 1:
-            dist.broadcast(pays, 0)                     # it may be a measurement; all must decide alike
-        cfg.bf16 = bool(pays)
+    cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
     return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
 
 
 def bf16_pays(device):
-    """Whether bfloat16 is faster here: on GPUs since Ampere; on a CPU by timing a matrix product."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    a, b = torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)
-    return min(timeit.repeat(lambda: b @ b, number=1)) < 0.7 * min(timeit.repeat(lambda: a @ a, number=1))
+    """Whether bfloat16 is faster: on GPUs since Ampere, on CPUs with instructions for it."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def barrier():
@@ -598,126 +587,7 @@ def note(cfg, state, train):
     cfg.classes = train.classes
 
 
-# ---- progress and speed -------------------------------------------------------------------------
-
-class Log:
-    """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed.
-
-    `values` holds the latest of every column. The first process alone writes; nobody does if `path` is empty.
-    """
-
-    def __init__(self, path, step, total, flops, peak):
-        """`flops` is per image, `peak` the FLOP/s of all devices; a resumed run drops what came after its `step`."""
-        self.path, self.step, self.total, self.flops, self.peak = path, step, total, flops, peak
-        self.values, self.columns, self.clock, self.shown, self.board = {}, None, time.perf_counter(), 0.0, None
-        self.skipped = self.in_a_row = self.longest = 0.0   # updates skipped: all, the last in a row, the most in a row
-        self.writes = path and os.environ.get("RANK", "0") == "0"
-        rows = list(csv.reader(open(path))) if step and os.path.exists(path) else []
-        rows = [row for row in rows if row is rows[0] or len(row) == len(rows[0]) and int(row[0]) <= step]
-        if rows[1:]:
-            self.columns, self.values = rows[0], {name: float(value or "nan") for name, value in zip(rows[0], rows[-1])}
-            self.skipped = self.values["skipped"]
-        if self.writes:
-            replace_file(path, lambda f: f.write("".join(",".join(row) + "\n" for row in rows[:1] * bool(self.columns) + rows[1:]).encode()))
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
-
-    @contextlib.contextmanager
-    def aside(self):
-        """Time spent in here does not count as training."""
-        start = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - start
-
-    def skip_unsound(self, norms, *optimisers):
-        """Have the next step of the optimisers do nothing if a gradient norm is a spike or not finite.
-
-        Decided on the device, without waiting for it, on the norms of the averaged gradients: all processes alike.
-        """
-        unsound = (~(torch.stack(norms) < SPIKE).all()).float()         # a NaN is not below
-        for optimiser in optimisers:
-            optimiser.found_inf = unsound                               # what a fused AdamW looks at
-        self.skipped = self.skipped + unsound
-        self.in_a_row = (self.in_a_row + unsound) * unsound
-        self.longest = torch.maximum(self.in_a_row, torch.as_tensor(self.longest, device=unsound.device))
-
-    def row(self, step, batch, show, **values):
-        """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""
-        if self.longest >= 10:
-            raise SystemExit(f"error: ten updates in a row had gradients not finite or of a norm above {SPIKE:g} and were skipped; "
-                             f"go on from the checkpoint with --resume and a lower --lr, or --no-bf16")
-        now, seconds = time.perf_counter(), 0.0
-        if step > self.step:
-            seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
-            self.values |= {"images/s": batch / seconds, "mfu": batch * self.flops / seconds / self.peak}
-        self.values |= {"step": step, "skipped": float(self.skipped), **values}
-        if not self.writes:
-            return
-        with open(self.path, "a") as f:
-            if not self.columns:
-                self.columns = ["step", *(name for name in self.values if name != "step")]
-                f.write(",".join(self.columns) + "\n")
-            f.write(",".join(f"{self.values.get(name, ''):.6g}" if isinstance(self.values.get(name), float) else str(self.values.get(name, "")) for name in self.columns) + "\n")
-        for name, value in self.values.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
-        show = (*show, "skipped") if self.values["skipped"] else show
-        line = "  ".join([f"step {step:,}/{self.total:,}", f"{(self.total - step) * seconds / 60:.1f} min left",
-                          f"{self.values.get('images/s', 0):.0f} images/s", *(f"{name} {self.values[name]:.4g}" for name in show if name in self.values)])
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
-        elif now - self.shown > 10 or step == self.total:
-            self.shown = now
-            print(line)
-
-
-def count_flops(step):
-    """FLOPs of step(), whose modules and tensors are made within it and hold no data: torch.device("meta")."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def peak_flops(device, bf16):
-    """FLOP/s that the device can reach: the vendor's dense bf16 figure, else a large matrix product timed here."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [peak for gpu, peak in PEAKS.items() if gpu in name and bf16]
-    n = 8192 if name else 2048
-    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    return known[0] if known else 2 * n ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5))
-
-
-class Bench:
-    """The clock of --bench: part(name) ends a part of a step, step() ends the step. Does nothing unless `on`."""
-
-    def __init__(self, on, device):
-        self.on, self.device, self.steps, self.parts, self.last = on, device, [], {}, None
-
-    def part(self, name):
-        if self.on:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            now = time.perf_counter()
-            self.parts[name] = self.parts.get(name, 0) + now - (self.last or now)
-            self.last = now
-
-    def step(self):
-        self.steps.append(self.parts)
-        self.parts = {}
-
-    def report(self, what, images, flops, peak):
-        """Print the medians over all steps but the first three; a step is so many images and FLOPs."""
-        seconds = float(np.median([sum(step.values()) for step in self.steps[3:]]))
-        parts = {name: float(np.median([step[name] for step in self.steps[3:]])) / seconds for name in self.steps[-1]}
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
-        else:
-            import resource                             # not on Windows
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"{what}: {seconds:.4g} s for {images} images, {images / seconds:.4g} images/s, {flops / seconds / 1e12:.3g} of "
-              f"{peak / 1e12:.3g} TFLOP/s = {flops / seconds / peak:.0%}, peak memory {memory / 1e9:.2f} GB; "
-              + ", ".join(f"{name} {part:.0%}" for name, part in parts.items()))
-
+# -------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = settings(globals(), flags(globals(), argv))

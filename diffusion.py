@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 import vae as stage_one
-from vae import Attention, Downsample, ResBlock, Upsample, cosine, load_vae, norm, recomputed
+from vae import Attention, Bench, Downsample, Log, ResBlock, Upsample, cosine, count_flops, load_vae, norm, peak_flops, recomputed
 
 # -------------------------------------------------------------------------------------------------
 # run
@@ -364,11 +364,12 @@ class Latents:
     def __init__(self, file, labels, device):
         self.file, self.labels, self.moments = file, labels, None
         self.shape = data.open_array(file).shape
+        self.views = self.shape[1]
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 3 * data.RESIDENT_BYTES
         self.resident = 2 * math.prod(self.shape) < free / 3
 
     def __len__(self):
-        return self.shape[0] * self.shape[1]
+        return self.shape[0] * self.views
 
     def open(self):
         return data.open_array(self.file).reshape(-1, *self.shape[2:])
@@ -385,10 +386,6 @@ class Latents:
             return self.moments[rows], self.labels[rows // self.views]
         self.moments = self.open() if self.moments is None else self.moments
         return torch.from_numpy(self.moments[rows.numpy()]), self.labels[rows // self.views]
-
-    @property
-    def views(self):
-        return self.shape[1]
 
 
 @torch.no_grad()
@@ -494,27 +491,7 @@ def flops_per_image(cfg):
     def step():
         x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
         diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long(), t.bool(), 0).mean().backward()
-    return data.count_flops(step)
-
-
-def untrained_vae(given):
-    """What --bench measures: the VAE of --preset, or of --data's preset -> (VAE, its settings)."""
-    config = data.settings(vars(stage_one), {}, stage_one.PRESETS, given.get("preset") or given.get("data", "shapes"))
-    return stage_one.build(config).eval().requires_grad_(False), config
-
-
-def bench_encoding(vae, vae_config, cfg, device, autocast):
-    """Time the encoding of random images -> random latents of 1,000 classes to train on."""
-    images, bench = data.synthetic(cfg.size, count=max(1, CODED_PIXELS // cfg.size ** 2)), data.Bench(True, device)
-    images.to(device)
-    for _ in range(8):
-        bench.part("encoder")
-        encode(vae, data.to_float(images.pixels), 1, autocast)
-        bench.part("encoder")
-        bench.step()
-    flops = data.count_flops(lambda: stage_one.build(vae_config).encode(torch.empty(1, 3, cfg.size, cfg.size)))
-    bench.report("encoding", len(images), len(images) * flops, data.peak_flops(device, cfg.bf16))
-    return data.Images(images.classes, images.labels, cfg.side, torch.randn(len(images), 2, cfg.z_channels, cfg.side, cfg.side).half())
+    return count_flops(step)
 
 
 def load_denoiser(path, device="cpu"):
@@ -546,7 +523,9 @@ def main(argv=None):
     if given.get("resume") and not out:
         out = os.path.dirname(data.newest("diffusion.pt", "diffusion.py"))
     if given.get("bench"):
-        vae, vae_config, vae_file = *untrained_vae(given), ""
+        preset = given.get("preset") or given.get("data", "shapes")
+        vae_config, vae_file = data.settings(vars(stage_one), {}, stage_one.PRESETS, preset), ""
+        vae = stage_one.build(vae_config)
     else:
         vae_file = find_vae(given, out)
         vae, vae_state = load_vae(vae_file)
@@ -557,7 +536,7 @@ def main(argv=None):
     cfg.data_dir, cfg.size = cfg.data_dir or vae_config.data_dir, cfg.size or vae_config.size
     state = None if cfg.bench else data.begin(cfg, given, "diffusion.pt", "diffusion.py")
     rank, world, device, autocast = data.start(cfg)
-    signals, bench = data.Signals(), data.Bench(cfg.bench, device)
+    signals, bench = data.Signals(), Bench(cfg.bench, device)
     micro, steps = data.share(cfg, world)
     batch = micro * steps * world
     cfg.z_channels, cfg.side = vae.z_channels, cfg.size // vae.factor
@@ -566,7 +545,8 @@ def main(argv=None):
     vae = vae.to(device)
     latents_file = os.path.join(os.path.dirname(vae_file), "latents.npy")
     if cfg.bench:
-        latents, scale = bench_encoding(vae, vae_config, cfg, device, autocast), 1.0
+        moments = torch.randn(256, 2, cfg.z_channels, cfg.side, cfg.side, dtype=torch.float16)
+        latents, scale = data.Images(range(1000), torch.arange(256), cfg.side, moments), 1.0
         cfg.classes, cfg.max_steps = latents.classes, given.get("max_steps", 20)
     else:
         train, _ = data.load(cfg.data, cfg.data_dir, cfg.size, os.path.dirname(vae_file))
@@ -594,7 +574,7 @@ def main(argv=None):
           f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
 
     if cfg.compile:
-        model.compile()                                     # in place: the names of the weights stay
+        model.compile(dynamic=False)                        # in place: the names of the weights stay
     run = DDP(model) if world > 1 else model
     shown = min(null, 10)
     labels = torch.arange(cfg.samples) % shown * (null // shown)
@@ -612,8 +592,8 @@ def main(argv=None):
                  "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "scale": scale,
                  "vae": os.path.relpath(vae_file, cfg.out), "vae_fingerprint": facts["vae"]}, f))
 
-    flops, peak = flops_per_image(cfg), data.peak_flops(device, cfg.bf16) * world
-    log = data.Log("" if cfg.bench else os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, flops, peak)
+    flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
+    log = Log("" if cfg.bench else os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, flops, peak)
     batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device, cfg.workers)
     for step in range(start, cfg.max_steps + 1):
         # learning rate
@@ -623,10 +603,9 @@ def main(argv=None):
 
         # picture, checkpoint
         if step > start and not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-            with log.aside():
-                if rank == 0:
-                    picture(step)
-                save(step)
+            if rank == 0:
+                picture(step)
+            save(step)
         if step == cfg.max_steps:
             break
         signals.check(step, save)

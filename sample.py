@@ -18,6 +18,7 @@ from PIL import Image
 
 import data
 import diffusion
+import vae
 from diffusion import decode, load_denoiser, sample, start_noise
 
 # -------------------------------------------------------------------------------------------------
@@ -58,10 +59,10 @@ def find_class(word, classes):
 def bench(cfg):
     """Time noise, denoiser and decoder on one batch, with untrained models of the preset."""
     _, _, device, autocast = data.start(cfg)
-    vae, vae_config = diffusion.untrained_vae({"preset": cfg.preset})
-    run = data.settings(vars(diffusion), {}, diffusion.PRESETS, cfg.preset)
-    run.classes, run.z_channels, run.side = range(1000), vae.z_channels, vae_config.size // vae.factor
-    vae, model, clock = vae.to(device), diffusion.build(run).to(device).requires_grad_(False), data.Bench(True, device)
+    run, vae_run = (data.settings(vars(script), {}, script.PRESETS, cfg.preset) for script in (diffusion, vae))
+    coder = vae.build(vae_run).to(device).requires_grad_(False)
+    run.classes, run.z_channels, run.side = range(1000), coder.z_channels, vae_run.size // coder.factor
+    model, clock = diffusion.build(run).to(device).requires_grad_(False), vae.Bench(True, device)
     denoise = torch.compile(model) if cfg.compile else model
     steps, guidance, n = cfg.steps or run.sample_steps, run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.batch_size
     for _ in range(6):
@@ -71,14 +72,13 @@ def bench(cfg):
         with autocast:
             *_, z = sample(denoise, run.objective, x, y, 1000, steps, guidance, cfg.sampler, cfg.interval)
         clock.part("denoiser")
-        decode(vae, z, 1.0)
+        decode(coder, z, 1.0)
         clock.part("decoder")
         clock.step()
     calls = steps * (1 + (guidance != 1)) * (1 + (cfg.sampler == "heun"))
-    one = torch.zeros(1, device="meta")
-    flops = data.count_flops(lambda: diffusion.build(run)(x[:1].to("meta"), one, one.long())) * calls \
-        + data.count_flops(lambda: diffusion.stage_one.build(vae_config).decode(z[:1].to("meta")))
-    clock.report(f"sampling, {steps} {cfg.sampler} steps at cfg {guidance:g}", n, n * flops, data.peak_flops(device, cfg.bf16))
+    flops = calls * vae.count_flops(lambda: diffusion.build(run)(torch.empty(x.shape), torch.zeros(n), torch.zeros(n).long()))
+    flops += vae.count_flops(lambda: vae.build(vae_run).decode(torch.empty(z.shape)))
+    clock.report(f"sampling, {steps} {cfg.sampler} steps at cfg {guidance:g}", n, flops, vae.peak_flops(device, cfg.bf16))
 
 
 def main(argv=None):
@@ -87,7 +87,7 @@ def main(argv=None):
         return bench(cfg)
     rank, world, device, autocast = data.start(cfg)
     path = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
-    model, vae, state = load_denoiser(path, device)
+    model, coder, state = load_denoiser(path, device)
     run = SimpleNamespace(**state["config"])
     print(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
@@ -122,7 +122,7 @@ def main(argv=None):
                 for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance, cfg.sampler, cfg.interval):
                     states = (states if cfg.gif else []) + [x]
             for frame, z in enumerate(states):
-                canvas[frame, rows] = decode(vae, z, state["scale"]).permute(0, 2, 3, 1).cpu().numpy()
+                canvas[frame, rows] = decode(coder, z, state["scale"]).permute(0, 2, 3, 1).cpu().numpy()
             for i in range(first, rows.stop) if cfg.png else ():
                 data.replace_file(os.path.join(cfg.png, f"{i:06d}.png"), lambda f: Image.fromarray(canvas[-1, i]).save(f, "png"))
             print(f"\r{min(first + world * cfg.batch_size, n):,}/{n:,} images", end="")

@@ -213,6 +213,12 @@ def test_workers_get_no_copy_of_the_list_or_the_latents(trained):
     assert latents.__getitems__(torch.tensor([3, 1]))[0].shape == (2, 2, 4, 8, 8)
 
 
+def test_preview(images, tmp_path, capsys):
+    data.main(["--data", str(images), "--size", "16", "--out", str(tmp_path)])
+    assert "40 training and 8 validation images, 16x16, 3 classes of 13 to 14: circle, cross, square" in capsys.readouterr().out
+    assert Image.open(tmp_path / "data.png").size == (2 + 10 * 18, 2 + 8 * 18)
+
+
 def test_folder_without_val_holds_images_out(images):
     train, val = data.load(str(images / "train"), size=16)
     assert len(train) == 39 and len(val) == 1
@@ -494,6 +500,18 @@ def test_three_commands(images, tmp_path):
     assert not list(run.glob("*.part*"))
 
 
+def test_pictures_are_drawn_with_the_averages_and_change_nothing(trained, tmp_path, monkeypatch):
+    drawn, draw = [], diffusion.sample
+    monkeypatch.setattr(diffusion, "sample", lambda model, *args: drawn.append(
+        {name: p.detach().clone() for name, p in model.__self__.named_parameters()}) or draw(model, *args))
+    diffusion.main(["--vae", str(trained / "vae.pt"), *TINY_UNET, "--eval-every", "2", "--out", str(tmp_path)])
+    assert_same(tmp_path / "diffusion.pt", trained / "diffusion.pt")
+    state, loaded = torch.load(tmp_path / "diffusion.pt"), dict(diffusion.load_denoiser(str(trained / "diffusion.pt"))[0].named_parameters())
+    assert len(drawn) == 2 and any(not torch.equal(drawn[-1][name], state["model"][name]) for name in loaded)
+    for name in loaded:                                         # in training, and in sample.py
+        assert torch.equal(drawn[-1][name], state["ema"][name]) and torch.equal(loaded[name], state["ema"][name])
+
+
 def test_latents(trained, images):
     """Row by row what the VAE gives, mirrored in the second view; scale is 1 / std of the sampled latents."""
     model, state = vae.load_vae(trained / "vae.pt")
@@ -703,6 +721,23 @@ def test_bench_reports_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_compiles_once_and_whole(images, trained, tmp_path, monkeypatch):
+    """No graph breaks, no recompilation along the run; here with a compiler that leaves the graph as it is."""
+    graphs, compile = [], torch.nn.Module.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **flags: compile(self, backend=backend, fullgraph=True, **flags))
+    for extra in ([], ["--grad-checkpoint"]):
+        torch._dynamo.reset(), graphs.clear()
+        vae.main(["--data", str(images), *TINY_VAE, "--compile", "--eval-every", "2", "--out", str(tmp_path), "--overwrite", *extra])
+        assert len(graphs) == 3                                 # the VAE; the discriminator, learning and frozen
+        assert_same(tmp_path / "vae.pt", trained / "vae.pt", **EXACT_BUT_ROUNDING)
+        for model in ("unet", "dit"):
+            torch._dynamo.reset(), graphs.clear()
+            diffusion.main(["--vae", str(trained / "vae.pt"), *TINY_UNET, "--model", model, "--compile", "--eval-every", "2",
+                            "--out", str(tmp_path), "--overwrite", *extra])
+            assert len(graphs) == 1
+
+
 def test_flops_are_those_of_the_formula():
     """Two per multiplication in every linear layer and product of attention; backward costs twice the forward pass."""
     cfg = SimpleNamespace(model="dit", dit="S/2", z_channels=4, side=32, classes=range(1000), objective="flow")
@@ -743,7 +778,7 @@ def test_non_finite_updates_are_skipped_then_stop_the_run(images, tmp_path, monk
     monkeypatch.setattr(vae, "pixel_loss", lambda recon, x, w: F.mse_loss(recon, x) * torch.where(x.mean() > 0.5, 1e9, 1))
     vae.main([*flags, "--overwrite"])
     skipped, norms = column(tmp_path / "vae.csv", "skipped"), column(tmp_path / "vae.csv", "vae_norm")
-    assert skipped[-1] == sum(norm > data.SPIKE for norm in norms[:20]) > 0
+    assert skipped[-1] == sum(norm > vae.SPIKE for norm in norms[:20]) > 0
 
 
 def test_presets_and_flags():

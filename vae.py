@@ -10,13 +10,18 @@ reconstructions below).
 import contextlib
 import math
 import os
+import sys
+import time
+import timeit
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 
@@ -27,10 +32,10 @@ DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
 PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: by --data
 SIZE = 32                   # pixels a side
 OUT = ""                    # the run's folder; empty: out/<data>
-MAX_STEPS = 1300            # updates of the VAE, and of the discriminator
+MAX_STEPS = 1500            # updates of the VAE, and of the discriminator
 BATCH_SIZE = 16             # images per micro-step, over all processes
 ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 650            # updates between validations, pictures and checkpoints
+EVAL_EVERY = 750            # updates between validations, pictures and checkpoints
 EVAL_IMAGES = 1000          # validation images used, the same ones each time
 LOG_EVERY = 10              # updates between rows of the log
 SEED = 0                    # of the weights, the order of the images and all noise
@@ -73,6 +78,8 @@ PRESETS = {
                      ATTENTION=True, DISC_WIDTH=64, LR=1e-4, DISC_LR=3e-4),
 }
 BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
+SPIKE = 1000.0              # an update whose gradient norm is above this is skipped
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}     # dense bf16 FLOP/s
 
 
 # ---- the autoencoder ----------------------------------------------------------------------------
@@ -262,6 +269,123 @@ class Perceptual(nn.Module):
         return loss
 
 
+# ---- progress and speed -------------------------------------------------------------------------
+
+class Log:
+    """A CSV row per logged step, one terminal line that updates, and TensorBoard where it is installed.
+
+    The first process alone writes; nobody does if `path` is empty. Also has updates skipped, and counts them.
+    """
+
+    def __init__(self, path, step, total, flops, peak):
+        """`flops` is per image, `peak` the FLOP/s of all devices. A resumed run drops what came after its `step`."""
+        self.path, self.step, self.total, self.flops, self.peak = path, step, total, flops, peak
+        self.values, self.clock, self.shown, self.left, self.board = {"step": step}, time.perf_counter(), 0.0, 0.0, None
+        self.skipped = self.in_a_row = self.longest = 0.0   # updates: all, the latest in a row, the most in a row
+        self.writes = path and os.environ.get("RANK", "0") == "0"
+        lines = open(path).read().splitlines() if step and os.path.exists(path) else []
+        rows = [line.split(",") for line in lines if line.count(",") == lines[0].count(",")]
+        rows = rows[:1] + [row for row in rows[1:] if int(row[0]) <= step]
+        self.columns = rows[0] if rows else []
+        if rows[1:]:
+            self.values = {name: float(value or "nan") for name, value in zip(rows[0], rows[-1])}
+            self.skipped = self.values["skipped"]
+        if self.writes:
+            data.replace_file(path, lambda f: f.writelines(f"{','.join(row)}\n".encode() for row in rows))
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
+
+    def skip_unsound(self, norms, *optimisers):
+        """Have the next step of the optimisers do nothing if a gradient norm is a spike or not finite.
+
+        Decided on the device, without waiting for it, on the norms of the averaged gradients: all processes alike.
+        """
+        unsound = (~(torch.stack(norms) < SPIKE).all()).float()         # a NaN is not below
+        for optimiser in optimisers:
+            optimiser.found_inf = unsound                               # what a fused AdamW looks at
+        self.skipped = self.skipped + unsound
+        self.in_a_row = (self.in_a_row + unsound) * unsound
+        self.longest = torch.maximum(self.in_a_row, torch.as_tensor(self.longest, device=unsound.device))
+
+    def row(self, step, batch, show, **values):
+        """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""
+        if self.longest >= 10:
+            raise SystemExit(f"error: ten updates in a row had gradients not finite or of a norm above {SPIKE:g} and were skipped; "
+                             f"go on from the checkpoint with --resume and a lower --lr, or --no-bf16")
+        now = time.perf_counter()
+        if step > self.step:
+            seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
+            self.values |= {"images/s": batch / seconds, "mfu": batch * self.flops / seconds / self.peak}
+            self.left = (self.total - step) * seconds / 60
+        self.values |= {"step": step, "skipped": float(self.skipped), **values}
+        if not self.writes:
+            return
+        with open(self.path, "a") as f:
+            if not self.columns:
+                self.columns = list(self.values)
+                f.write(",".join(self.columns) + "\n")
+            f.write(",".join(f"{self.values.get(name, math.nan):.7g}" for name in self.columns) + "\n")
+        for name, value in self.values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+        show = [name for name in (*show, "skipped") if self.values.get(name)]
+        line = "  ".join([f"step {step:,}/{self.total:,}", f"{self.left:.1f} min left",
+                          f"{self.values.get('images/s', 0):.0f} images/s", *(f"{name} {self.values[name]:.4g}" for name in show)])
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
+        elif now - self.shown > 10 or step == self.total:
+            self.shown = now
+            print(line)
+
+
+def count_flops(step):
+    """FLOPs of step(), whose modules and tensors are made within it and hold no data: torch.device("meta")."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_flops(device, bf16):
+    """FLOP/s that the device can reach: the vendor's dense bf16 figure, else a large matrix product timed here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [peak for gpu, peak in PEAKS.items() if gpu in name and bf16]
+    n = 8192 if name else 2048
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return known[0] if known else 2 * n ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5))
+
+
+class Bench:
+    """The clock of --bench: part(name) ends a part of a step, step() ends the step. Does nothing unless `on`."""
+
+    def __init__(self, on, device):
+        self.on, self.device, self.steps, self.parts, self.last = on, device, [], {}, None
+
+    def part(self, name):
+        if self.on:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            now = time.perf_counter()
+            self.parts[name] = self.parts.get(name, 0) + now - (self.last or now)
+            self.last = now
+
+    def step(self):
+        self.steps.append(self.parts)
+        self.parts = {}
+
+    def report(self, what, images, flops, peak):
+        """Print the medians over all steps but the first three; a step is so many images and FLOPs."""
+        seconds = float(np.median([sum(step.values()) for step in self.steps[3:]]))
+        parts = {name: float(np.median([step[name] for step in self.steps[3:]])) / seconds for name in self.steps[-1]}
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            import resource                             # not on Windows
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"{what}: {seconds:.4g} s for {images} images, {images / seconds:.4g} images/s, {flops / seconds / 1e12:.3g} of "
+              f"{peak / 1e12:.3g} TFLOP/s = {flops / seconds / peak:.0%}, peak memory {memory / 1e9:.2f} GB; "
+              + ", ".join(f"{name} {part:.0%}" for name, part in parts.items()))
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, steps, autocast, part=lambda name: None):
@@ -309,7 +433,24 @@ def flops_per_image(cfg):
         vae, disc, x = build(cfg), Discriminator(cfg.size, cfg.disc_width), torch.empty(1, 3, cfg.size, cfg.size)
         weights = dict.fromkeys(("pixel", "kl", "adv", "fm"), 1.0)
         micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
-    return data.count_flops(step)
+    return count_flops(step)
+
+
+@torch.no_grad()
+def bench_coding(vae, cfg, device, autocast):
+    """Time the encoder and the decoder alone, on 8 images, as stages two and three use them."""
+    x = torch.rand(8, 3, cfg.size, cfg.size, device=device)
+    z = vae.encode(x)[0]
+    for name, code, given in (("encoding", VAE.encode, x), ("decoding", VAE.decode, z)):
+        bench = Bench(True, device)
+        for _ in range(8):
+            bench.part("data")
+            with autocast:
+                code(vae, given)
+            bench.part(name)
+            bench.step()
+        flops = count_flops(lambda: code(build(cfg), torch.empty(given.shape)))
+        bench.report(name, len(x), flops, peak_flops(device, cfg.bf16))
 
 
 def load_vae(path, device="cpu"):
@@ -375,7 +516,7 @@ def main(argv=None):
           f"x the KL summed against the pixel loss summed")
 
     if cfg.compile:
-        vae.compile(), disc.compile()                       # in place: the names of the weights stay
+        vae.compile(dynamic=False), disc.compile(dynamic=False)         # in place: the names of the weights stay
     run_vae, run_disc = (DDP(vae), DDP(disc)) if world > 1 else (vae, disc)
 
     def save(step):
@@ -385,9 +526,9 @@ def main(argv=None):
                  "vae": vae.state_dict(), "disc": disc.state_dict(),
                  "vae_opt": vae_opt.state_dict(), "disc_opt": disc_opt.state_dict()}, f))
 
-    flops, peak = flops_per_image(cfg), data.peak_flops(device, cfg.bf16) * world
-    log = data.Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
-    signals, bench = data.Signals(), data.Bench(cfg.bench, device)
+    flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
+    log = Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
+    signals, bench = data.Signals(), Bench(cfg.bench, device)
     batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device, cfg.workers)
     source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
     for step in range(start, cfg.max_steps + 1):
@@ -401,13 +542,12 @@ def main(argv=None):
 
         # evaluate, picture, checkpoint
         if not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-            with log.aside():
-                if rank == 0:
-                    figures, picture = evaluate(vae, val, cfg, device, autocast)
-                    data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
-                    log.values |= figures
-                if step > start:
-                    save(step)
+            if rank == 0:
+                figures, picture = evaluate(vae, val, cfg, device, autocast)
+                data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
+                log.values |= figures
+            if step > start:
+                save(step)
         if step == cfg.max_steps:
             break
         signals.check(step, save)
@@ -447,7 +587,8 @@ def main(argv=None):
             log.row(step + 1, batch, shown, **values, **shares,
                     vae_norm=vae_norm.item(), disc_norm=disc_norm.item(), lr=vae_opt.param_groups[0]["lr"])
     if cfg.bench:
-        return bench.report("update", batch, flops * batch, peak)
+        bench.report("update", batch, flops * batch, peak)
+        return bench_coding(vae, cfg, device, autocast)
     log.row(step, batch, shown)                             # once more, with the last validation
     print(f"{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
                                             if key.startswith(("val_", "z_"))))
