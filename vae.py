@@ -113,7 +113,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)   # [b, 1, hw, c]
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return x + self.out(h.squeeze(1).transpose(1, 2).contiguous().view(x.shape))     # else all that follows is channels-last
 
 
 class Downsample(nn.Conv2d):
