@@ -255,6 +255,12 @@ def test_published_vae():
     assert parts == [34_163_592, 49_490_179, 72, 20, 83_653_863]
 
 
+def test_upsampling_is_nearest_neighbour_and_a_convolution():
+    up, x = vae.Upsample(3).double(), torch.randn(2, 3, 5, 4, dtype=torch.double)
+    want = F.conv2d(F.interpolate(x, scale_factor=2.0), up.weight, up.bias, padding=1)
+    torch.testing.assert_close(up(x), want)
+
+
 @pytest.mark.parametrize("size, field", [(32, 18), (64, 38), (256, 78)])
 def test_receptive_field_of_the_discriminator(size, field):
     disc = vae.Discriminator(size, 8).double()

@@ -127,13 +127,23 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Double the resolution: nearest neighbour, 3x3 convolution."""
+    """Double the resolution: nearest neighbour, then a 3x3 convolution. [b, c, h, w] -> [b, c, 2h, 2w].
+
+    Of the nine taps several fall on the same small pixel. Summed beforehand they make a 2x2 kernel for each of the
+    four kinds of output pixel: 4/9 of the work, and no large image in between.
+    """
 
     def __init__(self, c):
         super().__init__(c, c, 3, padding=1)
 
     def forward(self, x):
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        def fold(w, dim):                                   # an even output sees pixels i-1, i; an odd one i, i+1
+            a, b, c = w.split(1, dim)
+            return torch.cat([a, b + c], dim), torch.cat([a + b, c], dim)
+        kernels = torch.stack([k for row in fold(self.weight, 2) for k in fold(row, 3)], 1)         # [c, 4, c, 2, 2]
+        y = F.conv2d(x, kernels.flatten(0, 1), self.bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 4))
+        y = torch.stack([y[:, :, 0, :-1, :-1], y[:, :, 1, :-1, 1:], y[:, :, 2, 1:, :-1], y[:, :, 3, 1:, 1:]], 2)
+        return F.pixel_shuffle(y.flatten(1, 2), 2)
 
 
 def recomputed(module, *inputs):
