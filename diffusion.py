@@ -569,8 +569,8 @@ def main(argv=None):
                              f"back, or start again with --overwrite")
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
     start = state["step"] if state else 0
-    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
+    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters, {cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
           f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
 
     if cfg.compile:
@@ -582,7 +582,8 @@ def main(argv=None):
 
     def picture(step):
         with autocast, averaged(model, ema):                # forward: uncompiled, it is another batch
-            *_, z = sample(model.forward, cfg.objective, noise_at_start.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
+            x, y = noise_at_start.to(device), labels.to(device)
+            *_, z = sample(model.forward, cfg.objective, x, y, null, cfg.sample_steps, cfg.cfg)
         data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), decode(vae, z, scale), shown)
 
     def save(step):
@@ -594,7 +595,8 @@ def main(argv=None):
 
     flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
     log = Log("" if cfg.bench else os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, flops, peak)
-    batches = data.feed(latents, data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device, cfg.workers)
+    plan = data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
+    batches = data.feed(latents, plan, device, cfg.workers)
     for step in range(start, cfg.max_steps + 1):
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))

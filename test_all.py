@@ -890,6 +890,10 @@ def test_checkpoints_that_do_not_fit(images, trained, tmp_path, monkeypatch):
     assert (tmp_path / "vae.pt").read_bytes() == whole
     for name in ("latents.npy", "latents.json", "latents.done.npy", "diffusion.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
+    for damage in (lambda raw: raw[:5000], lambda raw: __import__("pickle").dumps(SimpleNamespace(evil=os.system))):
+        (tmp_path / "latents.npy").write_bytes(damage((trained / "latents.npy").read_bytes()))
+        assert "truncated or no array" in stopped(diffusion.main, "--vae", tmp_path / "vae.pt", "--out", tmp_path / "new", *TINY_UNET)
+    (tmp_path / "latents.npy").write_bytes((trained / "latents.npy").read_bytes())
     other = torch.load(tmp_path / "vae.pt")
     other["vae"]["quant.bias"] += 1
     torch.save(other, tmp_path / "vae.pt")

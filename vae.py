@@ -539,7 +539,8 @@ def main(argv=None):
     flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
     log = Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
     signals, bench = data.Signals(), Bench(cfg.bench, device)
-    batches = data.feed(train, data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed), device, cfg.workers)
+    plan = data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
+    batches = data.feed(train, plan, device, cfg.workers)
     source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
     for step in range(start, cfg.max_steps + 1):
         # learning rates and warmups
@@ -577,7 +578,8 @@ def main(argv=None):
             bench.part("data")
             for module in (run_vae, run_disc):
                 module.require_backward_grad_sync = k == steps - 1      # DDP averages at the last micro-step only
-            names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast, bench.part)
+            names, values = micro_step(run_vae, run_disc, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast,
+                                       bench.part)
             sums = sums + values / steps
 
         # clip, step
