@@ -117,7 +117,8 @@ def center_crop(x, size):
     """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size].
 
     As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too
-    large, then bicubic. torch's uint8 kernels, several times as fast as Pillow's and within rounding of them.
+    large, then bicubic. torch's uint8 kernels, several times as fast as Pillow's; within rounding of them, but for
+    sides that are odd when halved.
     """
     x = x[None]
     while min(x.shape[2:]) >= 2 * size:

@@ -68,7 +68,7 @@ BF16 = None                 # bfloat16 autocast; unset: where it is faster
 COMPILE = None              # torch.compile; unset: on a GPU
 GRAD_CHECKPOINT = False     # save memory: recompute the blocks in the backward pass, average on the CPU
 WORKERS = 8                 # processes that read images or latents which do not fit in memory
-BENCH = False               # time encoding and training on random images and stop; writes nothing
+BENCH = False               # time the steps on random latents and stop; writes nothing
 # -------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},

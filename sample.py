@@ -75,7 +75,7 @@ def bench(cfg):
         decode(coder, z, 1.0)
         clock.part("decoder")
         clock.step()
-    calls = steps * (1 + (guidance != 1)) * (1 + (cfg.sampler == "heun"))
+    calls = (2 * steps - 1 if cfg.sampler == "heun" else steps) * (1 + (guidance != 1))
     flops = calls * vae.count_flops(lambda: diffusion.build(run)(torch.empty(x.shape), torch.zeros(n), torch.zeros(n).long()))
     flops += vae.count_flops(lambda: vae.build(vae_run).decode(torch.empty(z.shape)))
     clock.report(f"sampling, {steps} {cfg.sampler} steps at cfg {guidance:g}", n, flops, vae.peak_flops(device, cfg.bf16))

@@ -66,7 +66,7 @@ CLIP = 1.0                  # gradient norm of either player
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
 COMPILE = None              # torch.compile; unset: on a GPU
-GRAD_CHECKPOINT = False     # recompute the residual blocks in the backward pass: a third of the memory, slower
+GRAD_CHECKPOINT = False     # recompute the residual blocks in the backward pass: a fifth of the activations, slower
 WORKERS = 8                 # processes that decode images which do not fit in memory
 BENCH = False               # time the steps on random images and stop; writes nothing
 # -------------------------------------------------------------------------------------------------
