@@ -437,7 +437,8 @@ def start(cfg):
     torch.set_float32_matmul_precision("high")
     cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
-    return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    # a weight is used once a pass: autocast's cache would only keep a second copy of it
+    return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
 
 def bf16_pays(device):
