@@ -11,6 +11,7 @@ the file is what the scripts share to run: flags, processes, checkpoints, logs.
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -435,6 +436,10 @@ def start(cfg):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=1))    # the first process may scan or download for long
     torch.set_float32_matmul_precision("high")
+    if device.type == "cpu" and sys.platform == "linux":
+        # keep freed memory: else glibc returns large tensors' to the system, and new pages were up to half of a step's time
+        libc, M_MMAP_MAX, M_TRIM_THRESHOLD = ctypes.CDLL(None), -4, -1
+        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)
     cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
     # a weight is used once a pass: autocast's cache would only keep a second copy of it

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 import vae as stage_one
-from vae import Attention, Bench, Downsample, Log, ResBlock, Upsample, cosine, count_flops, load_vae, norm, peak_flops, recomputed
+from vae import Attention, Bench, Downsample, Log, ResBlock, Upsample, attend, cosine, count_flops, load_vae, norm, peak_flops, recomputed
 
 # -------------------------------------------------------------------------------------------------
 # run
@@ -34,10 +34,10 @@ PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to
 SIZE = 0                    # pixels a side; 0: the VAE's
 VAE = ""                    # a vae.pt; empty: the one in --out or out/<data>, else the newest out/*/vae.pt
 OUT = ""                    # the run's folder; empty: the VAE's
-MAX_STEPS = 3200            # updates
+MAX_STEPS = 3000            # updates
 BATCH_SIZE = 16             # latents per micro-step, over all processes
 ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 1600           # updates between pictures and checkpoints
+EVAL_EVERY = 1500           # updates between pictures and checkpoints
 LOG_EVERY = 10              # updates between rows of the log
 SEED = 0                    # of the weights, the order of the latents and all noise
 RESUME = False              # go on from the run's checkpoint
@@ -289,7 +289,7 @@ class DiTBlock(nn.Module):
     def attention(self, x):
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, n, d))
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).chunk(6, dim=1)
@@ -321,7 +321,8 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         b, channels, h, w = x.shape
         c = self.conditioning(t, y)
-        x = self.embed(x).flatten(2).transpose(1, 2) + self.positions                       # [b, n, d]
+        x = self.embed(x).flatten(2).transpose(1, 2)                                        # [b, n, d], bf16 under autocast
+        x = x + self.positions.to(x.dtype)
         for block in self.blocks:
             x = recomputed(block, x, c) if self.recompute else block(x, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
