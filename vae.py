@@ -170,7 +170,7 @@ class VAE(nn.Module):
 
     def __init__(self, widths, blocks=2, z_channels=4, attention=True):
         super().__init__()
-        self.factor, self.z_channels = 2 ** (len(widths) - 1), z_channels
+        self.factor, self.z_channels, self.wide = 2 ** (len(widths) - 1), z_channels, widths[0] >= 128
         encoder, c = [nn.Conv2d(3, widths[0], 3, padding=1)], widths[0]
         for i, width in enumerate(widths):
             encoder += [Downsample(c)] if i else []
@@ -189,7 +189,7 @@ class VAE(nn.Module):
         self.post_quant = nn.Conv2d(z_channels, z_channels, 1)
 
     def through(self, layers, x):
-        if not torch.is_grad_enabled():                 # a sixth faster, but GroupNorm's backward pass is slow in it on CPUs
+        if self.wide and not torch.is_grad_enabled():   # faster, but for GroupNorm's backward pass and small groups on CPUs
             x = x.contiguous(memory_format=torch.channels_last)
         for layer in layers:
             x = recomputed(layer, x) if self.recompute and isinstance(layer, ResBlock) else layer(x)
