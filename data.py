@@ -472,9 +472,10 @@ def first_process_first():
 class Signals:
     """Ctrl-C and SIGTERM ask for a save at the next step; a second one ends the process at once."""
 
-    def __init__(self):
+    def __init__(self, on=True):
         self.caught = 0
-        signal.signal(signal.SIGINT, self.catch), signal.signal(signal.SIGTERM, self.catch)
+        if on:
+            signal.signal(signal.SIGINT, self.catch), signal.signal(signal.SIGTERM, self.catch)
 
     def catch(self, number, frame):
         if self.caught:

@@ -537,7 +537,7 @@ def main(argv=None):
     cfg.data_dir, cfg.size = cfg.data_dir or vae_config.data_dir, cfg.size or vae_config.size
     state = None if cfg.bench else data.begin(cfg, given, "diffusion.pt", "diffusion.py")
     rank, world, device, autocast = data.start(cfg)
-    signals, bench = data.Signals(), Bench(cfg.bench, device)
+    signals, bench = data.Signals(not cfg.bench), Bench(cfg.bench, device)
     micro, steps = data.share(cfg, world)
     batch = micro * steps * world
     cfg.z_channels, cfg.side = vae.z_channels, cfg.size // vae.factor
@@ -598,20 +598,13 @@ def main(argv=None):
     log = Log("" if cfg.bench else os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, flops, peak)
     plan = data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(latents, plan, device, cfg.workers)
-    for step in range(start, cfg.max_steps + 1):
+    for step in range(start, cfg.max_steps):
+        signals.check(step, save)
+
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
         for group in opt.param_groups:
             group["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
-
-        # picture, checkpoint
-        if step > start and not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-            if rank == 0:
-                picture(step)
-            save(step)
-        if step == cfg.max_steps:
-            break
-        signals.check(step, save)
 
         # micro-steps
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
@@ -641,11 +634,18 @@ def main(argv=None):
         bench.part("EMA")
         bench.step()
 
+        # picture, checkpoint
+        step, last = step + 1, step + 1 == cfg.max_steps        # updates done
+        if not cfg.bench and (step % cfg.eval_every == 0 or last):
+            if rank == 0:
+                picture(step)
+            save(step)
+
         # log
-        if not cfg.bench and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps):
+        if not cfg.bench and (step % cfg.log_every == 0 or last):
             mine = losses != 0
             quarters = {f"loss_t{q + 1}/4": losses[mine & (t * 4).long().eq(q)].mean().item() for q in range(4)}
-            log.row(step + 1, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm.item(),
+            log.row(step, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm.item(),
                     lr=opt.param_groups[0]["lr"])
     if cfg.bench:
         return bench.report("update", batch, flops * batch, peak)

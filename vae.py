@@ -544,11 +544,21 @@ def main(argv=None):
 
     flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
     log = Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
-    signals, bench = data.Signals(), Bench(cfg.bench, device)
+
+    def validate(step):
+        figures, picture = evaluate(vae, val, cfg, device, autocast)
+        data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
+        log.values |= figures
+
+    if rank == 0 and not cfg.bench:
+        validate(start)                                     # where it starts from, and the names of the log's columns
+    signals, bench = data.Signals(not cfg.bench), Bench(cfg.bench, device)
     plan = data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(train, plan, device, cfg.workers)
     source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
-    for step in range(start, cfg.max_steps + 1):
+    for step in range(start, cfg.max_steps):
+        signals.check(step, save)
+
         # learning rates and warmups
         progress = step / cfg.max_steps
         for opt, lr, lr_min in ((vae_opt, cfg.lr, cfg.lr_min), (disc_opt, cfg.disc_lr, cfg.disc_lr_min)):
@@ -556,18 +566,6 @@ def main(argv=None):
                 group["lr"] = cosine(lr, lr_min, progress)
         kl_weight = cfg.kl_weight * min(1, progress / max(cfg.kl_warmup, 1e-9))
         adv_weight = cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9))
-
-        # evaluate, picture, checkpoint
-        if not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-            if rank == 0:
-                figures, picture = evaluate(vae, val, cfg, device, autocast)
-                data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
-                log.values |= figures
-            if step > start:
-                save(step)
-        if step == cfg.max_steps:
-            break
-        signals.check(step, save)
 
         # micro-steps: one forward of the VAE serves both players
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
@@ -597,17 +595,23 @@ def main(argv=None):
         bench.part("optimisers")
         bench.step()
 
+        # evaluate, picture, checkpoint
+        step, last = step + 1, step + 1 == cfg.max_steps        # updates done
+        if not cfg.bench and (step % cfg.eval_every == 0 or last):
+            if rank == 0:
+                validate(step)
+            save(step)
+
         # log
-        if (step + 1) % cfg.log_every == 0 and not cfg.bench:
+        if not cfg.bench and (step % cfg.log_every == 0 or last):
             train.check()
             values = dict(zip(names, sums.tolist()))
             shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in weights if name in values}
-            log.row(step + 1, batch, shown, **values, **shares,
+            log.row(step, batch, shown, **values, **shares,
                     vae_norm=vae_norm.item(), disc_norm=disc_norm.item(), lr=vae_opt.param_groups[0]["lr"])
     if cfg.bench:
         bench.report("update", batch, flops * batch, peak)
         return bench_coding(vae, cfg, device, autocast)
-    log.row(step, batch, shown)                             # once more, with the last validation
     print(f"{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
                                             if key.startswith(("val_", "z_"))))
 
