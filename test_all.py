@@ -1,6 +1,6 @@
-"""Every test: python -m pytest -q test_all.py  (CPU, no network, a minute or two).
+"""Every test: python -m pytest -q test_all.py  (CPU, no network, three minutes).
 
-SLOW=1 python -m pytest -qs test_all.py -k judge  repeats the README's measurement on `shapes`, in ten minutes.
+SLOW=1 python -m pytest -qs test_all.py -k judge  repeats the README's measurement on `shapes`, in seven minutes.
 """
 import contextlib
 import csv
@@ -747,6 +747,13 @@ def test_bench_reports_and_leaves_nothing(tmp_path):
         assert int(images) / float(seconds) == pytest.approx(float(rate), rel=0.01)
         assert sum(int(share) for share in re.findall(r" (\d+)%[,\n]", done.stdout.splitlines()[-1] + "\n")[1:]) == pytest.approx(100, abs=25)
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_does_not_catch_ctrl_c():
+    """It would save random weights over the run that lies there."""
+    before = signal.getsignal(signal.SIGINT)
+    vae.main(["--bench", *TINY_VAE])
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_compiles_once_and_whole(images, trained, tmp_path, monkeypatch):
