@@ -289,12 +289,7 @@ def order(n, start, count, seed):
 
     A function of its arguments: no state to save, the same for any number of workers and processes.
     """
-    rows, position, end = [], start, start + count
-    while position < end:
-        epoch, offset = divmod(position, n)
-        rows.append(shuffled(n, seed, epoch)[offset:offset + end - position])
-        position += len(rows[-1])
-    return torch.from_numpy(np.concatenate(rows))
+    return torch.tensor([shuffled(n, seed, k // n)[k % n] for k in range(start, start + count)])
 
 
 def schedule(n, micro, steps, start, stop, rank, world, seed):
@@ -525,9 +520,9 @@ def new_array(path, dtype, shape):
 
 
 def open_array(path):
-    """Map a .npy file, without running code from it."""
+    """Map a .npy file, without running code from it; writing to the array does not change the file."""
     try:
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="c")             # "c", because torch warns of read-only arrays
     except (ValueError, EOFError) as error:
         raise SystemExit(f"error: {path} is truncated or no array ({error}): remove it, to make it again")
 

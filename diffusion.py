@@ -83,7 +83,7 @@ BETAS = (0.9, 0.99)
 CODED_PIXELS = 2 ** 18      # encoded or decoded at once: 4 images of 256x256, a gigabyte or two
 
 
-# ---- the method: paths, loss, sampler -----------------------------------------------------------
+# ---- the method: path and loss (its other half, guidance and sampling, is in sample.py) ----------
 
 def path(objective, t):
     """x_t = a x0 + b e, from data (t=0) to noise (t=1) -> a, b and their derivatives da, db.
@@ -96,24 +96,6 @@ def path(objective, t):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     angle = t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
-
-
-def velocity(model, objective, x, t, y):
-    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32."""
-    out = model(x, t, y).float()
-    if objective != "eps":
-        return out
-    a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
-    return (da * x + out) / a
-
-
-def guided(model, objective, x, t, y, cfg, null):
-    """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""
-    if cfg == 1:
-        return velocity(model, objective, x, t, y)
-    both = velocity(model, objective, x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, null)]))
-    v_c, v_u = both.chunk(2)
-    return v_u + cfg * (v_c - v_u)
 
 
 def diffusion_loss(model, objective, x0, e, t, y, dropped, null):
@@ -136,38 +118,6 @@ def first_time(objective):
     return 0.96 if objective == "eps" else 1.0
 
 
-@torch.no_grad()
-def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
-    """Integrate from noise x [b, c, h, w] to data -> yields x after every step; the last is the sample.
-
-    Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
-    circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
-    (Kynkaanniemi et al. 2024). The state stays float32.
-    """
-    times = torch.linspace(first_time(objective), 0, steps + 1, device=x.device)
-
-    def v_at(x, t):
-        return guided(model, objective, x, t.expand(len(x)), y, cfg if interval[0] <= t <= interval[1] else 1, null)
-
-    for t, s in zip(times[:-1], times[1:]):
-        (a, b, da, db), (a_s, b_s, _, _) = path(objective, t), path(objective, s)
-        v = v_at(x, t)
-        if sampler == "heun" and s > 0:
-            x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
-            v_s = v_at(x_s, s)
-            _, _, da_s, db_s = path(objective, s)
-            x0, e = db_s * x_s - b_s * v_s, a_s * v_s - da_s * x_s
-            v = (v + da * x0 + db * e) / 2
-        x = a_s * (db * x - b * v) + b_s * (a * v - da * x)
-        yield x
-
-
-def start_noise(count, shape, seed, first=0):
-    """Noise [count, *shape] on the CPU; image i has a generator of its own, seeded by (seed, i)."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + i))
-                        for i in range(first, first + count)])
-
-
 def normalise(z, scale):
     """Latents as the VAE gives them -> unit standard deviation; `denormalise` is its inverse."""
     return z * scale
@@ -175,12 +125,6 @@ def normalise(z, scale):
 
 def denormalise(z, scale):
     return z / scale
-
-
-def decode(vae, z, scale):
-    """The denoiser's latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
-    few = max(1, CODED_PIXELS // (vae.factor * z.shape[-1]) ** 2)
-    return torch.cat([data.to_uint8(vae.decode(denormalise(part, scale))) for part in z.split(few)])
 
 
 # ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] ---------------------------
@@ -360,34 +304,28 @@ class Latents:
     """latents.npy, float16 [images, views, 2, c, h, w]: mean and log-variance of each image and its mirror.
 
     Every view is a row of its own in training: row r is image r // views. They live on the device if they take less
-    than a third of what is free there, else every process maps the file.
+    than a third of what is free there, else workers read the mapped file.
     """
 
     def __init__(self, file, labels, device):
         self.file, self.labels, self.moments = file, labels, None
-        self.shape = data.open_array(file).shape
-        self.views = self.shape[1]
+        images, self.views, *shape = data.open_array(file).shape
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 3 * data.RESIDENT_BYTES
-        self.resident = 2 * math.prod(self.shape) < free / 3
+        self.resident = 2 * images * self.views * math.prod(shape) < free / 3
 
     def __len__(self):
-        return self.shape[0] * self.views
+        return len(self.labels) * self.views
 
     def open(self):
-        return data.open_array(self.file).reshape(-1, *self.shape[2:])
+        return torch.from_numpy(data.open_array(self.file)).flatten(0, 1)
 
     def to(self, device):
-        self.moments = torch.empty(len(self), *self.shape[2:], dtype=torch.float16, device=device)
-        for part, rows in zip(self.moments.split(4096), np.split(self.open(), range(4096, len(self), 4096))):
-            part.copy_(torch.from_numpy(np.array(rows)))            # not the whole file in memory at once
-        self.labels = self.labels.to(device)
+        self.moments, self.labels = self.open().to(device, copy=True), self.labels.to(device)
 
     def __getitems__(self, rows):
         """Rows int64 [m] -> float16 [m, 2, c, h, w], classes int64 [m]."""
-        if self.resident:
-            return self.moments[rows], self.labels[rows // self.views]
-        self.moments = self.open() if self.moments is None else self.moments
-        return torch.from_numpy(self.moments[rows.numpy()]), self.labels[rows // self.views]
+        self.moments = self.open() if self.moments is None else self.moments      # a worker's own map
+        return self.moments[rows], self.labels[rows // self.views]
 
 
 @torch.no_grad()
@@ -398,55 +336,57 @@ def encode(vae, x, views, autocast):
     return torch.stack(pairs, 1).half()
 
 
+def made(moments, first, count):
+    """Whether the latents of these images are there: a log-variance of 0 all over was never written, or lost in a crash."""
+    return all(view.any() for image in moments[first:first + count] for view in image[:, 1])
+
+
 def precompute(vae, train, file, facts, cfg, signals, rank, world, device, autocast):
     """Encode every image and its mirror into one array; goes on where it stopped -> the scale, 1 / std.
 
-    Block i, as many images as CODED_PIXELS allows, is the work of process i % world, and one batch whoever does it:
-    the latents do not depend on the processes. `.done` keeps a byte for each block. Stops if the latents that lie
-    there are another VAE's or dataset's.
+    A block, as many images as CODED_PIXELS allows, is one batch whichever process makes it: the latents do not depend
+    on the processes. Stops if the latents that lie there are another VAE's or dataset's.
     """
-    facts_file, done_file = file.replace(".npy", ".json"), file.replace(".npy", ".done.npy")
-    size = max(1, CODED_PIXELS // train.size ** 2)
-    blocks = -(-len(train) // size)
+    facts_file, count = file.replace(".npy", ".json"), max(1, CODED_PIXELS // train.size ** 2)
     if rank == 0:
         found = json.load(open(facts_file)) if os.path.exists(facts_file) and os.path.exists(file) else {}
         wrong = ", ".join(f"{key} {found.get(key)} instead of {facts[key]}" for key in facts if found.get(key) != facts[key])
         if found and wrong and not cfg.overwrite:
             raise SystemExit(f"error: {file} holds other latents ({wrong}): remake them with --overwrite, or move them away")
         if wrong:
-            shape = (len(train), 1 + train.flip, 2, vae.z_channels, train.size // vae.factor, train.size // vae.factor)
-            for name in (facts_file, file, done_file):
+            for name in (facts_file, file):
                 if os.path.exists(name):
                     os.remove(name)
-            data.new_array(file, np.float16, shape)
-            data.new_array(done_file, np.uint8, (blocks,))
+            side = train.size // vae.factor
+            data.new_array(file, np.float16, (len(train), 1 + train.flip, 2, vae.z_channels, side, side))
             data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
     data.barrier()
-    done = np.array(data.open_array(done_file))
-    todo = [i for i in range(rank, blocks, world) if not done[i]]
-    rows = [torch.arange(i * size, min((i + 1) * size, len(train))) for i in todo]
+    found, moments = json.load(open(facts_file)), data.open_array(file)
+    if "scale" in found:
+        return found["scale"]
+    todo = [first for first in range(rank * count, len(train), world * count) if not made(moments, first, count)]
+    rows = (torch.arange(first, min(first + count, len(train))) for first in todo)
     clock = time.perf_counter()
-    for k, (i, (pixels, _)) in enumerate(zip(todo, data.feed(train, iter(rows), device, cfg.workers))):
-        data.write_rows(file, i * size, encode(vae, data.to_float(pixels), 1 + train.flip, autocast).cpu().numpy())
-        data.write_rows(done_file, i, np.ones(1, np.uint8))
+    for k, (first, (pixels, _)) in enumerate(zip(todo, data.feed(train, rows, device, cfg.workers)), start=1):
+        data.write_rows(file, first, encode(vae, data.to_float(pixels), 1 + train.flip, autocast).cpu().numpy())
         train.check()
-        if k % 10 == 9 or i == todo[-1]:
-            rate = (k + 1) * size * world / (time.perf_counter() - clock)
-            print(f"\rencoding {min((i + 1) * size, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
+        if k % 10 == 0 or k == len(todo):
+            rate = k * count * world / (time.perf_counter() - clock)
+            print(f"\rencoding {min(first + count, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
         if signals.caught:
             signals.leave("the latents made so far are kept; run again to go on")
-    if todo:
-        print()
+    print()
     data.barrier()
-    if rank == 0 and "scale" not in json.load(open(facts_file)):
-        moments, total = data.open_array(file), 0
-        for i in range(blocks):
-            mean, logvar = torch.from_numpy(np.array(moments[i * size:(i + 1) * size])).to(device).float().unbind(2)
-            if not (logvar != 0).flatten(1).any(1).all():               # lost, by a machine that crashed before its disk wrote
-                data.write_rows(done_file, i, np.zeros(1, np.uint8))
-                raise SystemExit(f"error: {file} misses latents of images from {i * size:,} on: run again to make them")
+    if rank == 0:
+        moments, total = data.open_array(file), 0               # anew: other machines wrote into it
+        for first in range(0, len(train), count):
+            if not made(moments, first, count):
+                raise SystemExit(f"error: {file} misses latents of images from {first:,} on: run again to make them")
+            mean, logvar = torch.from_numpy(moments[first:first + count]).to(device).float().unbind(2)
             total += torch.stack([mean.sum(), (mean.square() + logvar.exp()).sum()]).cpu().double()
         mean, second = (total / (moments.size / 2)).tolist()
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())                                # on disk before the scale says that they are complete
         facts = {**facts, "mean": mean, "scale": 1 / math.sqrt(second - mean ** 2)}
         data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
     data.barrier()
@@ -494,18 +434,6 @@ def flops_per_image(cfg):
         x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
         diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long(), t.bool(), 0).mean().backward()
     return count_flops(step)
-
-
-def load_denoiser(path, device="cpu"):
-    """A trained denoiser with its averaged weights and the VAE it belongs to -> (denoiser, VAE, checkpoint)."""
-    state = data.load_checkpoint(path, "diffusion.py")
-    model = build(SimpleNamespace(**state["config"]))
-    model.load_state_dict(state["ema"])
-    vae, _ = load_vae(os.path.join(os.path.dirname(path), state["vae"]), device)
-    if fingerprint(vae) != state["vae_fingerprint"]:
-        raise SystemExit(f"error: {path} was trained on another VAE than {os.path.join(os.path.dirname(path), state['vae'])}, "
-                         f"whose weights have changed since: train diffusion.py again, or put the old vae.pt back")
-    return model.to(device).eval().requires_grad_(False), vae, state
 
 
 def find_vae(given, out):
@@ -578,14 +506,14 @@ def main(argv=None):
     if cfg.compile:
         model.compile(dynamic=False)                        # in place: the names of the weights stay
     run = DDP(model) if world > 1 else model
-    shown = min(null, 10)
-    labels = torch.arange(cfg.samples) % shown * (null // shown)
-    noise_at_start = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
 
     def picture(step):
+        from sample import decode, sample, start_noise      # here, because that file imports this one
+        shown = min(null, 10)
+        labels = torch.arange(cfg.samples) % shown * (null // shown)
+        noise = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
         with autocast, averaged(model, ema):                # forward: uncompiled, it is another batch
-            x, y = noise_at_start.to(device), labels.to(device)
-            *_, z = sample(model.forward, cfg.objective, x, y, null, cfg.sample_steps, cfg.cfg)
+            *_, z = sample(model.forward, cfg.objective, noise.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
         data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), decode(vae, z, scale), shown)
 
     def save(step):

@@ -19,7 +19,7 @@ from PIL import Image
 import data
 import diffusion
 import vae
-from diffusion import decode, load_denoiser, sample, start_noise
+from diffusion import CODED_PIXELS, denormalise, first_time, path
 
 # -------------------------------------------------------------------------------------------------
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
@@ -38,8 +38,80 @@ DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast in the denoiser; unset: where it is faster
 COMPILE = False             # torch.compile of the denoiser: pays from about a thousand images
 PRESET = "shapes"           # one of shapes, cifar10, imagenet; the models that --bench takes, untrained
-BENCH = False               # time the sampling of a batch and stop; writes nothing
+BENCH = False               # time encoding, decoding and the sampling of a batch, and stop; writes nothing
 # -------------------------------------------------------------------------------------------------
+
+
+# ---- guidance, sampler, decoder -----------------------------------------------------------------
+
+def velocity(model, objective, x, t, y):
+    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32."""
+    out = model(x, t, y).float()
+    if objective != "eps":
+        return out
+    a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
+    return (da * x + out) / a
+
+
+def guided(model, objective, x, t, y, cfg, null):
+    """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""
+    if cfg == 1:
+        return velocity(model, objective, x, t, y)
+    both = velocity(model, objective, x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, null)]))
+    v_c, v_u = both.chunk(2)
+    return v_u + cfg * (v_c - v_u)
+
+
+@torch.no_grad()
+def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
+    """Integrate from noise x [b, c, h, w] to data -> yields x after every step; the last is the sample.
+
+    Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
+    circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
+    (Kynkaanniemi et al. 2024). The state stays float32.
+    """
+    times = torch.linspace(first_time(objective), 0, steps + 1, device=x.device)
+
+    def v_at(x, t):
+        return guided(model, objective, x, t.expand(len(x)), y, cfg if interval[0] <= t <= interval[1] else 1, null)
+
+    for t, s in zip(times[:-1], times[1:]):
+        (a, b, da, db), (a_s, b_s, _, _) = path(objective, t), path(objective, s)
+        v = v_at(x, t)
+        if sampler == "heun" and s > 0:
+            x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
+            v_s = v_at(x_s, s)
+            _, _, da_s, db_s = path(objective, s)
+            x0, e = db_s * x_s - b_s * v_s, a_s * v_s - da_s * x_s
+            v = (v + da * x0 + db * e) / 2
+        x = a_s * (db * x - b * v) + b_s * (a * v - da * x)
+        yield x
+
+
+def start_noise(count, shape, seed, first=0):
+    """Noise [count, *shape] on the CPU; image i has a generator of its own, seeded by (seed, i)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + i))
+                        for i in range(first, first + count)])
+
+
+def decode(coder, z, scale):
+    """The denoiser's latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
+    few = max(1, CODED_PIXELS // (coder.factor * z.shape[-1]) ** 2)
+    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale))) for part in z.split(few)])
+
+
+# ---- what to draw with and what to draw ---------------------------------------------------------
+
+def load_denoiser(path, device="cpu"):
+    """A trained denoiser with its averaged weights and the VAE it belongs to -> (denoiser, VAE, checkpoint)."""
+    state = data.load_checkpoint(path, "diffusion.py")
+    model = diffusion.build(SimpleNamespace(**state["config"]))
+    model.load_state_dict(state["ema"])
+    coder, _ = vae.load_vae(os.path.join(os.path.dirname(path), state["vae"]), device)
+    if diffusion.fingerprint(coder) != state["vae_fingerprint"]:
+        raise SystemExit(f"error: {path} was trained on another VAE than {os.path.join(os.path.dirname(path), state['vae'])}, "
+                         f"whose weights have changed since: train diffusion.py again, or put the old vae.pt back")
+    return model.to(device).eval().requires_grad_(False), coder, state
 
 
 def find_class(word, classes):
@@ -57,17 +129,29 @@ def find_class(word, classes):
 
 
 def bench(cfg):
-    """Time noise, denoiser and decoder on one batch, with untrained models of the preset."""
+    """Time the encoder and the decoder on 8 images, and the sampling of a batch, with untrained models of the preset."""
     _, _, device, autocast = data.start(cfg)
     run, vae_run = (data.settings(vars(script), {}, script.PRESETS, cfg.preset) for script in (diffusion, vae))
     coder = vae.build(vae_run).to(device).requires_grad_(False)
     run.classes, run.z_channels, run.side = range(1000), coder.z_channels, vae_run.size // coder.factor
+    peak, z_shape = vae.peak_flops(device, cfg.bf16), (run.z_channels, run.side, run.side)
+
+    for name, code, shape in (("encoding", vae.VAE.encode, (8, 3, vae_run.size, vae_run.size)), ("decoding", vae.VAE.decode, (8, *z_shape))):
+        clock, given = vae.Bench(True, device), torch.rand(shape, device=device)
+        for _ in range(8):
+            clock.part(name)
+            with autocast, torch.no_grad():
+                code(coder, given)
+            clock.part(name)
+            clock.step()
+        clock.report(name, len(given), vae.count_flops(lambda: code(vae.build(vae_run), torch.empty(shape))), peak)
+
     model, clock = diffusion.build(run).to(device).requires_grad_(False), vae.Bench(True, device)
     denoise = torch.compile(model) if cfg.compile else model
     steps, guidance, n = cfg.steps or run.sample_steps, run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.batch_size
     for _ in range(6):
         clock.part("noise")
-        x, y = start_noise(n, (run.z_channels, run.side, run.side), cfg.seed).to(device), torch.arange(n, device=device)
+        x, y = start_noise(n, z_shape, cfg.seed).to(device), torch.arange(n, device=device)
         clock.part("noise")
         with autocast:
             *_, z = sample(denoise, run.objective, x, y, 1000, steps, guidance, cfg.sampler, cfg.interval)
@@ -78,7 +162,7 @@ def bench(cfg):
     calls = (2 * steps - 1 if cfg.sampler == "heun" else steps) * (1 + (guidance != 1))
     flops = calls * vae.count_flops(lambda: diffusion.build(run)(torch.empty(x.shape), torch.zeros(n), torch.zeros(n).long()))
     flops += vae.count_flops(lambda: vae.build(vae_run).decode(torch.empty(z.shape)))
-    clock.report(f"sampling, {steps} {cfg.sampler} steps at cfg {guidance:g}", n, flops, vae.peak_flops(device, cfg.bf16))
+    clock.report(f"sampling, {steps} {cfg.sampler} steps at cfg {guidance:g}", n, flops, peak)
 
 
 def main(argv=None):
@@ -86,10 +170,10 @@ def main(argv=None):
     if cfg.bench:
         return bench(cfg)
     rank, world, device, autocast = data.start(cfg)
-    path = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
-    model, coder, state = load_denoiser(path, device)
+    checkpoint = os.path.join(cfg.out, "diffusion.pt") if cfg.out else data.newest("diffusion.pt", "diffusion.py")
+    model, coder, state = load_denoiser(checkpoint, device)
     run = SimpleNamespace(**state["config"])
-    print(f"taking {path}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
+    print(f"taking {checkpoint}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
     null, files = len(run.classes), bool(cfg.png or cfg.npz)
     chosen = [find_class(word, run.classes) for word in getattr(cfg, "class")] or list(range(null))
@@ -102,7 +186,7 @@ def main(argv=None):
 
     # one file that all processes fill: frames x images (a single frame without --gif)
     name = "all" if not getattr(cfg, "class") else "-".join(str(k) for k in chosen[:5])
-    grid_file = os.path.join(os.path.dirname(path), f"grid_{name}_cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}.png")
+    grid_file = os.path.join(os.path.dirname(checkpoint), f"grid_{name}_cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}.png")
     for made in (cfg.png, cfg.npz, cfg.gif):
         if made and os.path.exists(made):
             raise SystemExit(f"error: {made} exists: name another, or remove it")

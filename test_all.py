@@ -4,6 +4,7 @@ SLOW=1 python -m pytest -qs test_all.py -k judge  repeats the README's measureme
 """
 import contextlib
 import csv
+import json
 import math
 import os
 import re
@@ -27,7 +28,7 @@ import sample
 import vae
 
 HERE = Path(__file__).parent
-TINY_VAE = "--preset shapes --size 16 --widths 8 16 --blocks 1 --no-attention --disc-width 8 --batch-size 8 --max-steps 4 --log-every 1 --no-bf16 --device cpu".split()
+TINY_VAE = "--preset shapes --size 16 --widths 8 16 --blocks 1 --z-channels 4 --no-attention --disc-width 8 --batch-size 8 --max-steps 4 --log-every 1 --no-bf16 --device cpu".split()
 TINY_UNET = "--samples 24 --widths 16 16 --blocks 1 --batch-size 8 --max-steps 4 --log-every 1 --sample-steps 4 --no-bf16 --device cpu".split()
 
 
@@ -378,7 +379,7 @@ def test_path_round_trip(objective):
     torch.testing.assert_close(a * v - da * x, e)
     torch.testing.assert_close(torch.stack([a[0], b[0]]), torch.tensor([[1.0], [0.0]], dtype=torch.double))
     if objective == "eps":
-        got = diffusion.velocity(lambda x, t, y: e.view(11, 5, 1, 1), "eps", x.view(11, 5, 1, 1), t.view(-1), None)
+        got = sample.velocity(lambda x, t, y: e.view(11, 5, 1, 1), "eps", x.view(11, 5, 1, 1), t.view(-1), None)
         torch.testing.assert_close(got.double().view(11, 5), v, rtol=1e-4, atol=1e-4)
 
 
@@ -410,7 +411,7 @@ def test_sampler_is_exact_where_x0_is_known(objective, sampler):
         return e if objective == "eps" else da * x0 + db * e
 
     for steps in (1, 7):
-        *_, x = diffusion.sample(model, objective, torch.randn(3, 4, 4, 4), torch.zeros(3).long(), 10, steps, sampler=sampler)
+        *_, x = sample.sample(model, objective, torch.randn(3, 4, 4, 4), torch.zeros(3).long(), 10, steps, sampler=sampler)
         torch.testing.assert_close(x, x0.expand_as(x), rtol=1e-3, atol=1e-3)
 
 
@@ -426,7 +427,7 @@ def test_sampler_draws_a_gaussian_of_known_score(objective):
 
     errors = {}
     for sampler, steps in (("euler", 100), ("euler", 20), ("heun", 20)):
-        *_, x = diffusion.sample(model, objective, torch.randn(500, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
+        *_, x = sample.sample(model, objective, torch.randn(500, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
                                  torch.zeros(500).long(), 10, steps, sampler=sampler)
         assert abs(x.mean() - mu) < 0.05
         errors[sampler, steps] = abs(x.std() - sigma).item()
@@ -442,11 +443,11 @@ def test_guidance():
         return torch.cat([v[k] for k in y.tolist()])
 
     args = model, "flow", torch.randn(2, 4, 2, 2), torch.full((2,), 0.5), torch.zeros(2).long()
-    torch.testing.assert_close(diffusion.guided(*args, 5.0, 10), (v[10] + 5 * (v[0] - v[10])).repeat(2, 1, 1, 1))
-    torch.testing.assert_close(diffusion.guided(*args, 1, 10), v[0].repeat(2, 1, 1, 1))
+    torch.testing.assert_close(sample.guided(*args, 5.0, 10), (v[10] + 5 * (v[0] - v[10])).repeat(2, 1, 1, 1))
+    torch.testing.assert_close(sample.guided(*args, 1, 10), v[0].repeat(2, 1, 1, 1))
     assert calls == [4, 2]                                      # one batch of both halves; no null half at 1
     calls.clear()
-    list(diffusion.sample(model, "flow", args[2], args[4], 10, 10, cfg=5.0, interval=(0.25, 0.75)))
+    list(sample.sample(model, "flow", args[2], args[4], 10, 10, cfg=5.0, interval=(0.25, 0.75)))
     assert calls.count(4) == 5 and calls.count(2) == 5
 
 
@@ -462,7 +463,7 @@ def test_random_draws_of_an_update():
 
 
 def test_start_noise_does_not_depend_on_the_batch():
-    assert torch.equal(diffusion.start_noise(8, (4, 2, 2), 5)[6], diffusion.start_noise(1, (4, 2, 2), 5, first=6)[0])
+    assert torch.equal(sample.start_noise(8, (4, 2, 2), 5)[6], sample.start_noise(1, (4, 2, 2), 5, first=6)[0])
 
 
 # ---- denoisers ----------------------------------------------------------------------------------
@@ -529,12 +530,12 @@ def test_three_commands(images, tmp_path):
 
 
 def test_pictures_are_drawn_with_the_averages_and_change_nothing(trained, tmp_path, monkeypatch):
-    drawn, draw = [], diffusion.sample
-    monkeypatch.setattr(diffusion, "sample", lambda model, *args: drawn.append(
+    drawn, draw = [], sample.sample
+    monkeypatch.setattr(sample, "sample", lambda model, *args: drawn.append(
         {name: p.detach().clone() for name, p in model.__self__.named_parameters()}) or draw(model, *args))
     diffusion.main(["--vae", str(trained / "vae.pt"), *TINY_UNET, "--eval-every", "2", "--out", str(tmp_path)])
     assert_same(tmp_path / "diffusion.pt", trained / "diffusion.pt")
-    state, loaded = torch.load(tmp_path / "diffusion.pt"), dict(diffusion.load_denoiser(str(trained / "diffusion.pt"))[0].named_parameters())
+    state, loaded = torch.load(tmp_path / "diffusion.pt"), dict(sample.load_denoiser(str(trained / "diffusion.pt"))[0].named_parameters())
     assert len(drawn) == 2 and any(not torch.equal(drawn[-1][name], state["model"][name]) for name in loaded)
     for name in loaded:                                         # in training, and in sample.py
         assert torch.equal(drawn[-1][name], state["ema"][name]) and torch.equal(loaded[name], state["ema"][name])
@@ -582,6 +583,10 @@ def test_precompute_goes_on_where_it_stopped(trained, images, tmp_path, monkeypa
     whole = str(tmp_path / "whole.npy")
     diffusion.precompute(model, train, whole, *args[3:])
     assert np.array_equal(np.load(file), np.load(whole))
+    facts = json.loads((tmp_path / "whole.json").read_text())           # a row lost before the scale was measured is made again
+    (tmp_path / "whole.json").write_text('{"vae": "a"}')
+    data.write_rows(whole, 21, np.zeros_like(np.load(whole)[21:22]))
+    assert diffusion.precompute(model, train, whole, *args[3:]) == facts["scale"] and np.array_equal(np.load(file), np.load(whole))
 
 
 def run_until(monkeypatch, main, step, *flags):
@@ -648,8 +653,10 @@ def test_four_processes_go_on_with_the_run_of_one(images, trained, tmp_path, mon
     assert_same(tmp_path / "vae.pt", trained / "vae.pt", **EXACT_BUT_ROUNDING)
     (tmp_path / "vae.pt").write_bytes((trained / "vae.pt").read_bytes())
     run_until(monkeypatch, diffusion.main, 2, *TINY_UNET, "--out", tmp_path)
-    for name in ("latents.npy", "latents.done.npy"):            # as if not one image had been encoded
-        data.write_rows(tmp_path / name, 0, np.zeros_like(np.load(tmp_path / name)))
+    data.write_rows(tmp_path / "latents.npy", 0, np.zeros_like(np.load(tmp_path / "latents.npy")))
+    facts = json.loads((tmp_path / "latents.json").read_text())         # as if not one image had been encoded
+    del facts["scale"]
+    (tmp_path / "latents.json").write_text(json.dumps(facts))
     done = command("diffusion.py", "--resume", "--batch-size", 1, "--accum", 8, "--out", tmp_path, processes=4)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "latents.npy").read_bytes() == (trained / "latents.npy").read_bytes()
@@ -722,7 +729,7 @@ def test_sigterm_while_encoding(trained, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         diffusion.main(["--out", str(tmp_path), *TINY_UNET])
     assert stop.value.code == 0 and "run again to go on" in capsys.readouterr().out
-    assert np.load(tmp_path / "latents.done.npy").tolist() == [1, 0, 0]
+    assert [diffusion.made(np.load(tmp_path / "latents.npy"), first, 16) for first in (0, 16, 32)] == [True, False, False]
 
 
 def test_what_changed_is_named_on_resume(images, trained, tmp_path, capsys):
@@ -745,6 +752,7 @@ def test_bench_reports_and_leaves_nothing(tmp_path):
         assert done.returncode == 0, done.stderr
         seconds, images, rate = re.search(r": ([\d.e-]+) s for (\d+) images, ([\d.]+) images/s", done.stdout.splitlines()[-1]).groups()
         assert int(images) / float(seconds) == pytest.approx(float(rate), rel=0.01)
+        assert script != "sample.py" or done.stdout.startswith("encoding: ") and "\ndecoding: " in done.stdout
         assert sum(int(share) for share in re.findall(r" (\d+)%[,\n]", done.stdout.splitlines()[-1] + "\n")[1:]) == pytest.approx(100, abs=25)
     assert not list(tmp_path.iterdir())
 
@@ -917,7 +925,7 @@ def test_checkpoints_that_do_not_fit(images, trained, tmp_path, monkeypatch):
     (tmp_path / "vae.pt").write_bytes(whole)
     assert "--resume" in stopped(vae.main, "--data", images, "--out", tmp_path)
     assert (tmp_path / "vae.pt").read_bytes() == whole
-    for name in ("latents.npy", "latents.json", "latents.done.npy", "diffusion.pt"):
+    for name in ("latents.npy", "latents.json", "diffusion.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     for damage in (lambda raw: raw[:5000], lambda raw: __import__("pickle").dumps(SimpleNamespace(evil=os.system))):
         (tmp_path / "latents.npy").write_bytes(damage((trained / "latents.npy").read_bytes()))

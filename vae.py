@@ -452,23 +452,6 @@ def flops_per_image(cfg):
     return count_flops(step)
 
 
-@torch.no_grad()
-def bench_coding(vae, cfg, device, autocast):
-    """Time the encoder and the decoder alone, on 8 images, as stages two and three use them."""
-    x = torch.rand(8, 3, cfg.size, cfg.size, device=device)
-    z = vae.encode(x)[0]
-    for name, code, given in (("encoding", VAE.encode, x), ("decoding", VAE.decode, z)):
-        bench = Bench(True, device)
-        for _ in range(8):
-            bench.part("data")
-            with autocast:
-                code(vae, given)
-            bench.part(name)
-            bench.step()
-        flops = count_flops(lambda: code(build(cfg), torch.empty(given.shape)))
-        bench.report(name, len(x), flops, peak_flops(device, cfg.bf16))
-
-
 def load_vae(path, device="cpu"):
     """A trained VAE, frozen -> (VAE, its checkpoint)."""
     state = data.load_checkpoint(path, "vae.py")
@@ -610,8 +593,7 @@ def main(argv=None):
             log.row(step, batch, shown, **values, **shares,
                     vae_norm=vae_norm.item(), disc_norm=disc_norm.item(), lr=vae_opt.param_groups[0]["lr"])
     if cfg.bench:
-        bench.report("update", batch, flops * batch, peak)
-        return bench_coding(vae, cfg, device, autocast)
+        return bench.report("update", batch, flops * batch, peak)
     print(f"{cfg.out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
                                             if key.startswith(("val_", "z_"))))
 
