@@ -7,7 +7,7 @@
 
 Encodes every image once (latents.npy, beside vae.pt), then trains. Writes to the run's folder:
 diffusion.pt, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores
-the default takes 3.7 minutes and ends at a loss of 0.76; 99.8% of 500 samples are of their class.
+the default takes 3 minutes and ends at a loss of 0.80; 99.7% of 1,000 samples are of their class.
 """
 import contextlib
 import hashlib
@@ -45,10 +45,10 @@ RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run, or of latents that another VAE made
 # model
 MODEL = "unet"              # one of unet, dit
-WIDTHS = (64, 96)           # unet: channels at each resolution
+WIDTHS = (128,)             # unet: channels at each resolution
 BLOCKS = 1                  # unet: residual blocks at each resolution
 ATTENTION_AT = 8            # unet: self-attention where the side is at most this
-DIT = "XS/2"                # dit: size XS, S, B, L, XL / patch
+DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
 # loss
 OBJECTIVE = "flow"          # one of flow, v, eps; the linear path, the cosine path, the same predicting its noise
 TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
