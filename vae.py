@@ -160,6 +160,14 @@ def recomputed(module, *inputs):
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+def levels(widths, blocks, resample):
+    """Residual blocks at each width, a change of resolution between neighbours."""
+    layers = [ResBlock(widths[0], widths[0]) for _ in range(blocks)]
+    for c, width in zip(widths, widths[1:]):
+        layers += [resample(c), ResBlock(c, width), *(ResBlock(width, width) for _ in range(blocks - 1))]
+    return layers
+
+
 def middle(c, attention):
     return [ResBlock(c, c), Attention(c), ResBlock(c, c)] if attention else [ResBlock(c, c), ResBlock(c, c)]
 
@@ -176,18 +184,11 @@ class VAE(nn.Module):
     def __init__(self, widths, blocks=2, z_channels=4, attention=True):
         super().__init__()
         self.factor, self.z_channels, self.wide = 2 ** (len(widths) - 1), z_channels, widths[0] >= 128
-        encoder, c = [nn.Conv2d(3, widths[0], 3, padding=1)], widths[0]
-        for i, width in enumerate(widths):
-            encoder += [Downsample(c)] if i else []
-            for _ in range(blocks):
-                encoder, c = encoder + [ResBlock(c, width)], width
-        encoder += middle(c, attention) + [norm(c), nn.SiLU(), nn.Conv2d(c, 2 * z_channels, 3, padding=1)]
-        decoder = [nn.Conv2d(z_channels, c, 3, padding=1)] + middle(c, attention)
-        for i, width in enumerate(reversed(widths)):
-            decoder += [Upsample(c)] if i else []
-            for _ in range(blocks + 1):
-                decoder, c = decoder + [ResBlock(c, width)], width
-        decoder += [norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1)]
+        first, last = widths[0], widths[-1]
+        encoder = [nn.Conv2d(3, first, 3, padding=1), *levels(widths, blocks, Downsample), *middle(last, attention),
+                   norm(last), nn.SiLU(), nn.Conv2d(last, 2 * z_channels, 3, padding=1)]
+        decoder = [nn.Conv2d(z_channels, last, 3, padding=1), *middle(last, attention),
+                   *levels(widths[::-1], blocks + 1, Upsample), norm(first), nn.SiLU(), nn.Conv2d(first, 3, 3, padding=1)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         self.quant = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         nn.init.constant_(self.quant.bias.data[z_channels:], -4)        # log-variance: little noise at first
