@@ -228,13 +228,12 @@ class Discriminator(nn.Module):
     def __init__(self, size, width=64):
         super().__init__()
         depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)
-        layers, c_in = [], 3
-        for i in range(depth):
-            c = width * min(2 ** i, 8)
-            layers += [nn.Sequential(nn.Conv2d(c_in, c, 4, stride=2, padding=1), *([nn.GroupNorm(min(32, c // 4), c)] if i else []),
-                                     nn.LeakyReLU(0.2))]
-            c_in = c
-        self.layers, self.logits = nn.ModuleList(layers), nn.Conv2d(c_in, 1, 3, padding=1)
+        widths = [3] + [width * 2 ** i for i in range(depth)]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c_in, c, 4, stride=2, padding=1),
+                          nn.GroupNorm(min(32, c // 4), c) if c_in != 3 else nn.Identity(), nn.LeakyReLU(0.2))
+            for c_in, c in zip(widths, widths[1:]))
+        self.logits = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, x):
         features = []
