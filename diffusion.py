@@ -560,8 +560,7 @@ def main(argv=None):
         opt.zero_grad()
         bench.part("optimiser")
         update_ema(ema, model, cfg.ema, step)
-        bench.part("EMA")
-        bench.step()
+        bench.part("EMA", last=True)
 
         # picture, checkpoint
         step, last = step + 1, step + 1 == cfg.max_steps        # updates done

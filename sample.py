@@ -139,26 +139,22 @@ def bench(cfg):
     for name, code, shape in (("encoding", vae.VAE.encode, (8, 3, vae_run.size, vae_run.size)), ("decoding", vae.VAE.decode, (8, *z_shape))):
         clock, given = vae.Bench(True, device), torch.rand(shape, device=device)
         for _ in range(8):
-            clock.part(name)
             with autocast, torch.no_grad():
                 code(coder, given)
-            clock.part(name)
-            clock.step()
+            clock.part(name, last=True)
         clock.report(name, len(given), vae.count_flops(lambda: code(vae.build(vae_run), torch.empty(shape))), peak)
 
     model, clock = diffusion.build(run).to(device).requires_grad_(False), vae.Bench(True, device)
     denoise = torch.compile(model) if cfg.compile else model
     steps, guidance, n = cfg.steps or run.sample_steps, run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.batch_size
     for _ in range(6):
-        clock.part("noise")
         x, y = start_noise(n, z_shape, cfg.seed).to(device), torch.arange(n, device=device)
         clock.part("noise")
         with autocast:
             *_, z = sample(denoise, run.objective, x, y, 1000, steps, guidance, cfg.sampler, cfg.interval)
         clock.part("denoiser")
         decode(coder, z, 1.0)
-        clock.part("decoder")
-        clock.step()
+        clock.part("decoder", last=True)
     calls = (2 * steps - 1 if cfg.sampler == "heun" else steps) * (1 + (guidance != 1))
     flops = calls * vae.count_flops(lambda: diffusion.build(run)(torch.empty(x.shape), torch.zeros(n), torch.zeros(n).long()))
     flops += vae.count_flops(lambda: vae.build(vae_run).decode(torch.empty(z.shape)))

@@ -376,35 +376,33 @@ def peak_flops(device, bf16):
 
 
 class Bench:
-    """The clock of --bench: part(name) ends a part of a step, step() ends the step. Does nothing unless `on`."""
+    """The clock of --bench: part(name) ends a part of a step, and with `last` the step. Does nothing unless `on`."""
 
     def __init__(self, on, device):
-        self.on, self.device, self.steps, self.parts, self.last = on, device, [], {}, None
+        self.on, self.device, self.steps, self.clock = on, device, [{}], None
 
-    def part(self, name):
+    def part(self, name, last=False):
         if self.on:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             now = time.perf_counter()
-            self.parts[name] = self.parts.get(name, 0) + now - (self.last or now)
-            self.last = now
-
-    def step(self):
-        self.steps.append(self.parts)
-        self.parts = {}
+            self.steps[-1][name] = self.steps[-1].get(name, 0) + now - (self.clock or now)
+            self.clock = now
+            if last:
+                self.steps.append({})
 
     def report(self, what, images, flops, peak):
         """Print the medians over all steps but the first three; a step is so many images and FLOPs."""
-        seconds = float(np.median([sum(step.values()) for step in self.steps[3:]]))
-        parts = {name: float(np.median([step[name] for step in self.steps[3:]])) / seconds for name in self.steps[-1]}
+        steps = self.steps[3:-1]
+        seconds = np.median([sum(step.values()) for step in steps])
+        parts = ", ".join(f"{name} {np.median([step[name] for step in steps]) / seconds:.0%}" for name in self.steps[0])
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             import resource                             # not on Windows
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"{what}: {seconds:.4g} s for {images} images, {images / seconds:.4g} images/s, {flops / seconds / 1e12:.3g} of "
-              f"{peak / 1e12:.3g} TFLOP/s = {flops / seconds / peak:.0%}, peak memory {memory / 1e9:.2f} GB; "
-              + ", ".join(f"{name} {part:.0%}" for name, part in parts.items()))
+              f"{peak / 1e12:.3g} TFLOP/s = {flops / seconds / peak:.0%}, peak memory {memory / 1e9:.2f} GB; {parts}")
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -580,8 +578,7 @@ def main(argv=None):
         log.skip_unsound([vae_norm, disc_norm], vae_opt, disc_opt)
         vae_opt.step(), disc_opt.step()
         vae_opt.zero_grad(), disc_opt.zero_grad()
-        bench.part("optimisers")
-        bench.step()
+        bench.part("optimisers", last=True)
 
         # evaluate, picture, checkpoint
         step, last = step + 1, step + 1 == cfg.max_steps        # updates done
