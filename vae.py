@@ -464,12 +464,11 @@ def load_vae(path, device="cpu"):
 
 
 @torch.no_grad()
-def evaluate(vae, val, cfg, device, autocast):
-    """Validation figures of the reconstructions from the mean, and 8 of them above each other, uint8."""
-    count, sums = min(len(val), cfg.eval_images), torch.zeros(5)
-    for start in range(0, count, max(8, cfg.batch_size)):
-        rows = data.order(len(val), start, min(max(8, cfg.batch_size), count - start), seed=0)
-        x = data.to_float(val.__getitems__(rows)[0].to(device))
+def evaluate(vae, val, cfg, step, device, autocast):
+    """Validation figures of the reconstructions from the mean; the first 8 go to recon_<step>.png, below their images."""
+    rows, sums = data.order(len(val), 0, min(len(val), cfg.eval_images), seed=0), torch.zeros(5)
+    for k, some in enumerate(rows.split(max(8, cfg.batch_size))):
+        x = data.to_float(val.__getitems__(some)[0].to(device))
         with autocast:
             recon, mean, logvar = vae.forward(x, torch.zeros((), device=device))      # uncompiled: another shape
         recon = recon.clamp(-1, 1)
@@ -477,10 +476,11 @@ def evaluate(vae, val, cfg, device, autocast):
         psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
         second = mean.square() + logvar.exp()                           # moment of z, over the noise too
         sums += len(x) * torch.stack([mse.mean(), psnr.mean(), kl_loss(mean, logvar), mean.mean(), second.mean()]).cpu()
-        if start == 0:
+        if k == 0:
             picture = data.to_uint8(torch.cat([x[:8], recon[:8]]))
-    mse, psnr, kl, mean, second = (sums / count).tolist()
-    return {"val_mse": mse, "val_psnr": psnr, "val_kl": kl, "z_mean": mean, "z_std": math.sqrt(second - mean ** 2)}, picture
+            data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
+    mse, psnr, kl, mean, second = (sums / len(rows)).tolist()
+    return {"val_mse": mse, "val_psnr": psnr, "val_kl": kl, "z_mean": mean, "z_std": math.sqrt(second - mean ** 2)}
 
 
 def main(argv=None):
@@ -530,14 +530,8 @@ def main(argv=None):
 
     flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
     log = Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
-
-    def validate(step):
-        figures, picture = evaluate(vae, val, cfg, device, autocast)
-        data.save_grid(os.path.join(cfg.out, f"recon_{step:06d}.png"), picture, columns=8)
-        log.values |= figures
-
-    if rank == 0 and not cfg.bench:
-        validate(start)                                     # where it starts from, and the names of the log's columns
+    if rank == 0 and not cfg.bench:             # where it starts from, and the names of the log's columns
+        log.values |= evaluate(vae, val, cfg, start, device, autocast)
     signals, bench = data.Signals(not cfg.bench), Bench(cfg.bench, device)
     plan = data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(train, plan, device, cfg.workers)
@@ -584,7 +578,7 @@ def main(argv=None):
         step, last = step + 1, step + 1 == cfg.max_steps        # updates done
         if not cfg.bench and (step % cfg.eval_every == 0 or last):
             if rank == 0:
-                validate(step)
+                log.values |= evaluate(vae, val, cfg, step, device, autocast)
             save(step)
 
         # log
