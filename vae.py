@@ -541,18 +541,17 @@ def main(argv=None):
 
         # learning rates and warmups
         progress = step / cfg.max_steps
-        for opt, lr, lr_min in ((vae_opt, cfg.lr, cfg.lr_min), (disc_opt, cfg.disc_lr, cfg.disc_lr_min)):
-            for group in opt.param_groups:
-                group["lr"] = cosine(lr, lr_min, progress)
-        kl_weight = cfg.kl_weight * min(1, progress / max(cfg.kl_warmup, 1e-9))
-        adv_weight = cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9))
+        vae_opt.param_groups[0]["lr"] = cosine(cfg.lr, cfg.lr_min, progress)
+        disc_opt.param_groups[0]["lr"] = cosine(cfg.disc_lr, cfg.disc_lr_min, progress)
+        weights = {"pixel": 1.0, "kl": cfg.kl_weight * min(1, progress / max(cfg.kl_warmup, 1e-9)),
+                   "adv": cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9)),
+                   "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight}
 
         # micro-steps: one forward of the VAE serves both players
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
         source.manual_seed(cfg.seed * 1_000_003 + step)
         flips = torch.rand(batch, 1, 1, 1, device=device, generator=source) < 0.5 * train.flip
         noise = torch.randn(z_shape, device=device, generator=source)
-        weights = {"pixel": 1.0, "kl": kl_weight, "adv": adv_weight, "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight}
         sums = 0
         bench.part("log")
         for k in range(steps):
