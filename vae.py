@@ -505,9 +505,9 @@ def main(argv=None):
     perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
     vae_opt = torch.optim.AdamW(vae.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     disc_opt = torch.optim.AdamW(disc.parameters(), cfg.disc_lr, BETAS, weight_decay=0.0, fused=True)
-    if state:
-        vae.load_state_dict(state["vae"]), disc.load_state_dict(state["disc"])
-        vae_opt.load_state_dict(state["vae_opt"]), disc_opt.load_state_dict(state["disc_opt"])
+    trained = {"vae": vae, "disc": disc, "vae_opt": vae_opt, "disc_opt": disc_opt}
+    for name in trained if state else ():
+        trained[name].load_state_dict(state[name])
     start = state["step"] if state else 0
     z_shape = (batch, cfg.z_channels, cfg.size // factor, cfg.size // factor)
     print(f"{cfg.data}: {len(train):,} images of {cfg.size}x{cfg.size} -> latents {list(z_shape[1:])}; VAE "
@@ -525,8 +525,7 @@ def main(argv=None):
         if rank == 0:
             data.replace_file(os.path.join(cfg.out, "vae.pt"), lambda f: torch.save(
                 {"made_by": "vae.py", "config": vars(cfg), "step": step,
-                 "vae": vae.state_dict(), "disc": disc.state_dict(),
-                 "vae_opt": vae_opt.state_dict(), "disc_opt": disc_opt.state_dict()}, f))
+                 **{name: part.state_dict() for name, part in trained.items()}}, f))
 
     flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
     log = Log("" if cfg.bench else os.path.join(cfg.out, "vae.csv"), start, cfg.max_steps, flops, peak)
