@@ -301,7 +301,7 @@ class Log:
     def __init__(self, path, step, total, flops, peak):
         """`flops` is per image, `peak` the FLOP/s of all devices. A resumed run drops what came after its `step`."""
         self.path, self.step, self.total, self.flops, self.peak = path, step, total, flops, peak
-        self.values, self.clock, self.shown, self.left, self.board = {"step": step}, time.perf_counter(), 0.0, 0.0, None
+        self.values, self.clock, self.shown, self.board = {"step": step}, time.perf_counter(), 0.0, None
         self.skipped = self.in_a_row = self.longest = 0.0   # updates: all, the latest in a row, the most in a row
         self.writes = path and os.environ.get("RANK", "0") == "0"
         lines = open(path).read().splitlines() if step and os.path.exists(path) else []
@@ -335,11 +335,9 @@ class Log:
             raise SystemExit(f"error: ten updates in a row had gradients not finite or of a norm above {SPIKE:g} and were skipped; "
                              f"go on from the checkpoint with --resume and a lower --lr, or --no-bf16")
         now = time.perf_counter()
-        if step > self.step:
-            seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
-            self.values |= {"images/s": batch / seconds, "mfu": batch * self.flops / seconds / self.peak}
-            self.left = (self.total - step) * seconds / 60
-        self.values |= {"step": step, "skipped": float(self.skipped), **values}
+        seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
+        self.values |= {"step": step, "images/s": batch / seconds, "mfu": batch * self.flops / seconds / self.peak,
+                        "skipped": float(self.skipped), **values}
         if not self.writes:
             return
         with open(self.path, "a") as f:
@@ -350,8 +348,8 @@ class Log:
         for name, value in self.values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
         show = [name for name in (*show, "skipped") if self.values.get(name)]
-        line = "  ".join([f"step {step:,}/{self.total:,}", f"{self.left:.1f} min left",
-                          f"{self.values.get('images/s', 0):.0f} images/s", *(f"{name} {self.values[name]:.4g}" for name in show)])
+        line = "  ".join([f"step {step:,}/{self.total:,}", f"{(self.total - step) * seconds / 60:.1f} min left",
+                          f"{batch / seconds:.0f} images/s", *(f"{name} {self.values[name]:.4g}" for name in show)])
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.total else "\n", flush=True)
         elif now - self.shown > 10 or step == self.total:
