@@ -300,19 +300,17 @@ class Log:
 
     def __init__(self, path, step, total, flops, peak):
         """`flops` is per image, `peak` the FLOP/s of all devices. A resumed run drops what came after its `step`."""
-        self.path, self.step, self.total, self.flops, self.peak = path, step, total, flops, peak
+        self.path, self.total, self.flops, self.peak = path, total, flops, peak
         self.values, self.clock, self.shown, self.board = {"step": step}, time.perf_counter(), 0.0, None
         self.skipped = self.in_a_row = self.longest = 0.0   # updates: all, the latest in a row, the most in a row
         self.writes = path and os.environ.get("RANK", "0") == "0"
-        lines = open(path).read().splitlines() if step and os.path.exists(path) else []
-        rows = [line.split(",") for line in lines if line.count(",") == lines[0].count(",")]
-        rows = rows[:1] + [row for row in rows[1:] if int(row[0]) <= step]
-        self.columns = rows[0] if rows else []
-        if rows[1:]:
-            self.values = {name: float(value or "nan") for name, value in zip(rows[0], rows[-1])}
-            self.skipped = self.values["skipped"]
+        lines = open(path).readlines() if step and os.path.exists(path) else []
+        lines = [line for line in lines if line[-1] == "\n" and (line[:4] == "step" or int(line.split(",")[0]) <= step)]
+        self.columns = lines[0].strip().split(",") if lines else []
+        if lines[1:]:
+            self.skipped = float(lines[-1].split(",")[self.columns.index("skipped")])
         if self.writes:
-            data.replace_file(path, lambda f: f.writelines(f"{','.join(row)}\n".encode() for row in rows))
+            data.replace_file(path, lambda f: f.write("".join(lines).encode()))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
@@ -327,7 +325,7 @@ class Log:
             optimiser.found_inf = unsound                               # what a fused AdamW looks at
         self.skipped = self.skipped + unsound
         self.in_a_row = (self.in_a_row + unsound) * unsound
-        self.longest = torch.maximum(self.in_a_row, torch.as_tensor(self.longest, device=unsound.device))
+        self.longest = self.in_a_row.clamp(min=self.longest)
 
     def row(self, step, batch, show, **values):
         """Log `values` after `step` updates of `batch` images; the terminal line shows the columns in `show`."""
@@ -335,7 +333,7 @@ class Log:
             raise SystemExit(f"error: ten updates in a row had gradients not finite or of a norm above {SPIKE:g} and were skipped; "
                              f"go on from the checkpoint with --resume and a lower --lr, or --no-bf16")
         now = time.perf_counter()
-        seconds, self.step, self.clock = (now - self.clock) / (step - self.step), step, now
+        seconds, self.clock = (now - self.clock) / (step - self.values["step"]), now
         self.values |= {"step": step, "images/s": batch / seconds, "mfu": batch * self.flops / seconds / self.peak,
                         "skipped": float(self.skipped), **values}
         if not self.writes:
