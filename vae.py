@@ -530,7 +530,6 @@ def main(argv=None):
     signals, bench = data.Signals(not cfg.bench), Bench(cfg.bench, device)
     plan = data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(train, plan, device, cfg.workers)
-    source, shown = torch.Generator(device), ("pixel", "kl", "adv", "fm", "disc", "val_psnr")
     for step in range(start, cfg.max_steps):
         signals.check(step, save)
 
@@ -544,7 +543,7 @@ def main(argv=None):
 
         # micro-steps: one forward of the VAE serves both players
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
-        source.manual_seed(cfg.seed * 1_000_003 + step)
+        source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
         flips = torch.rand(batch, 1, 1, 1, device=device, generator=source) < 0.5 * train.flip
         noise = torch.randn(z_shape, device=device, generator=source)
         sums = 0
@@ -580,7 +579,7 @@ def main(argv=None):
             train.check()
             values = dict(zip(names, sums.tolist()))
             shares = {f"{name}_share": weights[name] * values[name] / values["loss"] for name in weights if name in values}
-            log.row(step, batch, shown, **values, **shares,
+            log.row(step, batch, ("pixel", "kl", "adv", "fm", "disc", "val_psnr"), **values, **shares,
                     vae_norm=vae_norm.item(), disc_norm=disc_norm.item(), lr=vae_opt.param_groups[0]["lr"])
     if cfg.bench:
         return bench.report("update", batch, flops * batch, peak)
