@@ -105,11 +105,8 @@ class ResBlock(nn.Module):
 
 
 def attend(q, k, v):
-    """Softmax attention over [..., n, d].
-
-    On CPUs PyTorch's fused kernel is slow in bf16: two products take a third to two thirds of its time, but not where
-    there is AMX and no backward pass.
-    """
+    """Softmax attention over [..., n, d]."""
+    # on CPUs two products take a third to two thirds of the fused kernel's time in bf16, but for AMX without a backward pass
     if q.device.type == "cpu" and (torch.is_grad_enabled() or not AMX):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
