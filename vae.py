@@ -274,16 +274,16 @@ class Perceptual(nn.Module):
     def __init__(self):
         super().__init__()
         from torchvision.models import VGG16_Weights, vgg16
-        self.features = vgg16(weights=VGG16_Weights.DEFAULT).features[:30].eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        layers = vgg16(weights=VGG16_Weights.DEFAULT).features.eval().requires_grad_(False)
+        self.stages = nn.ModuleList([layers[:4], layers[4:9], layers[9:16], layers[16:23], layers[23:30]])
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))     # ImageNet's, of images in [-1, 1]
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
 
     def forward(self, recon, x):
-        a, b, loss = ((recon + 1) / 2 - self.mean) / self.std, ((x + 1) / 2 - self.mean) / self.std, 0.0
-        for i, layer in enumerate(self.features):
-            a, b = layer(a), layer(b)
-            if i in (3, 8, 15, 22, 29):
-                loss += (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+        a, b, loss = (recon - self.mean) / self.std, (x - self.mean) / self.std, 0.0
+        for stage in self.stages:
+            a, b = stage(a), stage(b)
+            loss += (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
         return loss
 
 
