@@ -227,8 +227,7 @@ class Discriminator(nn.Module):
         depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)
         widths = [3] + [width * 2 ** i for i in range(depth)]
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c_in, c, 4, stride=2, padding=1),
-                          nn.GroupNorm(min(32, c // 4), c) if c_in != 3 else nn.Identity(), nn.LeakyReLU(0.2))
+            nn.Sequential(nn.Conv2d(c_in, c, 4, stride=2, padding=1), norm(c) if c_in != 3 else nn.Identity(), nn.LeakyReLU(0.2))
             for c_in, c in zip(widths, widths[1:]))
         self.logits = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
