@@ -532,7 +532,7 @@ def test_three_commands(images, tmp_path):
 def test_pictures_are_drawn_with_the_averages_and_change_nothing(trained, tmp_path, monkeypatch):
     drawn, draw = [], sample.sample
     monkeypatch.setattr(sample, "sample", lambda model, *args: drawn.append(
-        {name: p.detach().clone() for name, p in model.__self__.named_parameters()}) or draw(model, *args))
+        {name: p.detach().clone() for name, p in model.named_parameters()}) or draw(model, *args))
     diffusion.main(["--vae", str(trained / "vae.pt"), *TINY_UNET, "--eval-every", "2", "--out", str(tmp_path)])
     assert_same(tmp_path / "diffusion.pt", trained / "diffusion.pt")
     state, loaded = torch.load(tmp_path / "diffusion.pt"), dict(sample.load_denoiser(str(trained / "diffusion.pt"))[0].named_parameters())
