@@ -169,25 +169,21 @@ class UNet(nn.Module):
         self.recompute = False                                          # the blocks in the backward pass, to save memory
         self.conditioning, self.first = Conditioning(d, num_classes), nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-
-        def block(c_in, c_out):
-            return CondBlock(c_in, c_out, d, side <= attention_at)
-
         for i, width in enumerate(widths):
             if i:
                 self.down.append(Downsample(c))
-                skips, side = skips + [c], side // 2
+                skips.append(c)
             for _ in range(blocks):
-                self.down.append(block(c, width))
-                c, skips = width, skips + [width]
+                self.down.append(CondBlock(c, width, d, side >> i <= attention_at))
+                c = width
+                skips.append(c)
         self.middle = nn.ModuleList([CondBlock(c, c, d, True), CondBlock(c, c, d)])
-        for i, width in enumerate(reversed(widths)):
+        for i, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(CondBlock(c + skips.pop(), width, d, side >> i <= attention_at))
+                c = width
             if i:
                 self.up.append(Upsample(c))
-                side = side * 2
-            for _ in range(blocks + 1):
-                self.up.append(block(c + skips.pop(), width))
-                c = width
         self.last = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
         nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
 
