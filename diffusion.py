@@ -245,30 +245,27 @@ class DiT(nn.Module):
         self.recompute = False
         size, patch = name.split("/")
         (d, depth, heads), self.patch = DIT_SIZES[size], int(patch)
-        self.embed = nn.Conv2d(channels, d, self.patch, stride=self.patch)
+        self.embed = nn.Linear(self.patch ** 2 * channels, d)
         self.conditioning = Conditioning(d, num_classes)
         self.register_buffer("positions", positions(d, side // self.patch), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(d, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.modulation, self.out = nn.Linear(d, 2 * d), nn.Linear(d, self.patch ** 2 * channels)
-        for module in self.blocks.modules():
+        for module in [*self.blocks.modules(), self.embed]:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.embed.weight.view(d, -1)), nn.init.zeros_(self.embed.bias)
         for zero in [block.modulation for block in self.blocks] + [self.modulation, self.out]:
             nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
     def forward(self, x, t, y):
-        b, channels, h, w = x.shape
-        c = self.conditioning(t, y)
-        x = self.embed(x).flatten(2).transpose(1, 2)                                        # [b, n, d], bf16 under autocast
+        c, patches = self.conditioning(t, y), F.pixel_unshuffle(x, self.patch)        # [b, c * patch^2, h / patch, w / patch]
+        x = self.embed(patches.flatten(2).transpose(1, 2))                                  # [b, n, d], bf16 under autocast
         x = x + self.positions.to(x.dtype)
         for block in self.blocks:
             x = recomputed(block, x, c) if self.recompute else block(x, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
-        x = self.out(modulate(self.norm(x), shift, scale))                                  # [b, n, patch * patch * c]
-        x = x.view(b, h // self.patch, w // self.patch, self.patch, self.patch, channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, h, w)
+        x = self.out(modulate(self.norm(x), shift, scale))                                  # [b, n, c * patch^2]
+        return F.pixel_shuffle(x.transpose(1, 2).view_as(patches), self.patch)
 
 
 def build(cfg):
