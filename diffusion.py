@@ -166,6 +166,8 @@ class UNet(nn.Module):
 
     def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8):
         super().__init__()
+        if side % 2 ** (len(widths) - 1):
+            raise SystemExit(f"error: latents of {side}x{side} cannot be halved {len(widths) - 1} times: give fewer --widths")
         c, d, skips = widths[0], 4 * widths[0], [widths[0]]
         self.recompute = False                                          # the blocks in the backward pass, to save memory
         self.conditioning, self.first = Conditioning(d, num_classes), nn.Conv2d(channels, c, 3, padding=1)
@@ -244,7 +246,10 @@ class DiT(nn.Module):
     def __init__(self, channels, side, num_classes, name="B/2"):
         super().__init__()
         self.recompute = False
-        size, patch = name.split("/")
+        size, _, patch = name.partition("/")
+        if size not in DIT_SIZES or not patch.isdigit() or side % int(patch):
+            raise SystemExit(f"error: --dit {name} does not fit latents of {side}x{side}: expected one of "
+                             f"{', '.join(DIT_SIZES)} / a patch that divides {side}")
         (d, depth, heads), self.patch = DIT_SIZES[size], int(patch)
         self.embed = nn.Linear(self.patch ** 2 * channels, d)
         self.conditioning = Conditioning(d, num_classes)
@@ -270,17 +275,9 @@ class DiT(nn.Module):
 
 
 def build(cfg):
-    num_classes = len(cfg.classes)
     if cfg.model == "dit":
-        size, _, patch = cfg.dit.partition("/")
-        if size not in DIT_SIZES or not patch.isdigit() or cfg.side % int(patch):
-            raise SystemExit(f"error: --dit {cfg.dit} does not fit latents of {cfg.side}x{cfg.side}: expected one of "
-                             f"{', '.join(DIT_SIZES)} / a patch that divides {cfg.side}")
-        return DiT(cfg.z_channels, cfg.side, num_classes, cfg.dit)
-    if cfg.side % 2 ** (len(cfg.widths) - 1):
-        raise SystemExit(f"error: latents of {cfg.side}x{cfg.side} cannot be halved {len(cfg.widths) - 1} times: "
-                         f"give fewer --widths")
-    return UNet(cfg.z_channels, cfg.side, num_classes, cfg.widths, cfg.blocks, cfg.attention_at)
+        return DiT(cfg.z_channels, cfg.side, len(cfg.classes), cfg.dit)
+    return UNet(cfg.z_channels, cfg.side, len(cfg.classes), cfg.widths, cfg.blocks, cfg.attention_at)
 
 
 # ---- latents ------------------------------------------------------------------------------------
