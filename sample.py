@@ -197,11 +197,10 @@ def main(argv=None):
         for first in range(rank * cfg.batch_size, n, world * cfg.batch_size):
             rows = slice(first, min(first + cfg.batch_size, n))
             x = start_noise(rows.stop - first, (run.z_channels, run.side, run.side), cfg.seed, first).to(device)
-            states = [x] if cfg.gif else []
+            y = labels[rows].to(device)
             with autocast:
-                for x in sample(model, run.objective, x, labels[rows].to(device), null, steps, guidance, cfg.sampler, cfg.interval):
-                    states = (states if cfg.gif else []) + [x]
-            for frame, z in enumerate(states):
+                states = [x, *sample(model, run.objective, x, y, null, steps, guidance, cfg.sampler, cfg.interval)]
+            for frame, z in enumerate(states[-frames:]):
                 canvas[frame, rows] = decode(coder, z, state["scale"]).permute(0, 2, 3, 1).cpu().numpy()
             for i in range(first, rows.stop) if cfg.png else ():
                 data.replace_file(os.path.join(cfg.png, f"{i:06d}.png"), lambda f: Image.fromarray(canvas[-1, i]).save(f, "png"))
