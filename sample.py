@@ -76,12 +76,11 @@ def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", int
         return guided(model, objective, x, t.expand(len(x)), y, cfg if interval[0] <= t <= interval[1] else 1, null)
 
     for t, s in zip(times[:-1], times[1:]):
-        (a, b, da, db), (a_s, b_s, _, _) = path(objective, t), path(objective, s)
+        (a, b, da, db), (a_s, b_s, da_s, db_s) = path(objective, t), path(objective, s)
         v = v_at(x, t)
         if sampler == "heun" and s > 0:
             x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
             v_s = v_at(x_s, s)
-            _, _, da_s, db_s = path(objective, s)
             x0, e = db_s * x_s - b_s * v_s, a_s * v_s - da_s * x_s
             v = (v + da * x0 + db * e) / 2
         x = a_s * (db * x - b * v) + b_s * (a * v - da * x)
