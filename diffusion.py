@@ -207,11 +207,11 @@ class UNet(nn.Module):
 
 
 def positions(d, side):
-    """Fixed sine-cosine embedding of a square grid -> [side * side, d]: half of d by row, half by column."""
+    """Fixed sine-cosine embedding of a square grid -> [side * side, d]: half of d by column, half by row."""
     frequencies = 10000.0 ** -(torch.arange(d // 4) / (d // 4))
     angles = torch.arange(side)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.cat([line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)], 2).reshape(side * side, d)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)
 
 
 def modulate(x, shift, scale):
