@@ -513,11 +513,9 @@ def main(argv=None):
 
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
-        for group in opt.param_groups:
-            group["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
+        opt.param_groups[0]["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
 
         # micro-steps
-        # all noise of the update at once, by row: the same for any number of processes and micro-steps
         bench.part("log")
         z_noise, e, t, dropped = draw(cfg, step, batch, device)
         losses = torch.zeros(batch, device=device)
