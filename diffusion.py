@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 import vae as stage_one
-from vae import Attention, Bench, Downsample, Log, ResBlock, Upsample, attend, cosine, count_flops, load_vae, norm, peak_flops, recomputed
+from vae import (Attention, Bench, Downsample, Log, ResBlock, Upsample, attend, cosine, count_flops, load_vae, norm, peak_flops,
+                 recompute)
 
 # -------------------------------------------------------------------------------------------------
 # run
@@ -169,7 +170,6 @@ class UNet(nn.Module):
         if side % 2 ** (len(widths) - 1):
             raise SystemExit(f"error: latents of {side}x{side} cannot be halved {len(widths) - 1} times: give fewer --widths")
         c, d, skips = widths[0], 4 * widths[0], [widths[0]]
-        self.recompute = False                                          # the blocks in the backward pass, to save memory
         self.conditioning, self.first = Conditioning(d, num_classes), nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
@@ -194,16 +194,13 @@ class UNet(nn.Module):
         c, x = self.conditioning(t, y), self.first(x)
         skips = [x]
         for layer in self.down:
-            x = layer(x) if isinstance(layer, Downsample) else self.run(layer, x, c)
+            x = layer(x) if isinstance(layer, Downsample) else layer(x, c)
             skips.append(x)
         for layer in self.middle:
-            x = self.run(layer, x, c)
+            x = layer(x, c)
         for layer in self.up:
-            x = layer(x) if isinstance(layer, Upsample) else self.run(layer, torch.cat([x, skips.pop()], 1), c)
+            x = layer(x) if isinstance(layer, Upsample) else layer(torch.cat([x, skips.pop()], 1), c)
         return self.last(x)
-
-    def run(self, block, x, c):
-        return recomputed(block, x, c) if self.recompute else block(x, c)
 
 
 def positions(d, side):
@@ -245,7 +242,6 @@ class DiT(nn.Module):
 
     def __init__(self, channels, side, num_classes, name="B/2"):
         super().__init__()
-        self.recompute = False
         size, _, patch = name.partition("/")
         if size not in DIT_SIZES or not patch.isdigit() or side % int(patch):
             raise SystemExit(f"error: --dit {name} does not fit latents of {side}x{side}: expected one of "
@@ -268,7 +264,7 @@ class DiT(nn.Module):
         x = self.embed(patches.flatten(2).transpose(1, 2))                                  # [b, n, d], bf16 under autocast
         x = x + self.positions.to(x.dtype)
         for block in self.blocks:
-            x = recomputed(block, x, c) if self.recompute else block(x, c)
+            x = block(x, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
         x = self.out(modulate(self.norm(x), shift, scale))                                  # [b, n, c * patch^2]
         return F.pixel_shuffle(x.transpose(1, 2).view_as(patches), self.patch)
@@ -467,7 +463,8 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(device)
-    model.recompute = cfg.grad_checkpoint
+    if cfg.grad_checkpoint:
+        recompute(model, ResBlock, DiTBlock)
     ema_device = "cpu" if cfg.grad_checkpoint else device
     ema = build(cfg).to(ema_device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
