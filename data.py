@@ -225,12 +225,6 @@ def list_folder(folder, classes=None, keep=""):
     return classes, names, labels
 
 
-def synthetic(size, classes=1000, count=256):
-    """Random images of random classes, for --bench."""
-    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
-    return Images([str(k) for k in range(classes)], torch.arange(count) % classes, size, pixels)
-
-
 def load(data, data_dir="", size=0, keep=""):
     """A dataset by name or folder -> (train, val), two `Images`; stops and names what is missing.
 

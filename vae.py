@@ -485,7 +485,8 @@ def main(argv=None):
     if cfg.size % factor:
         raise SystemExit(f"error: --size {cfg.size} is no multiple of {factor}, by which {len(cfg.widths)} --widths downsample")
     if cfg.bench:
-        train, cfg.max_steps = data.synthetic(cfg.size), given.get("max_steps", 20)
+        pixels = torch.randint(256, (256, 3, cfg.size, cfg.size), dtype=torch.uint8)
+        train, cfg.max_steps = data.Images(range(1000), torch.arange(256), cfg.size, pixels), given.get("max_steps", 20)
     else:
         train, val = data.load(cfg.data, cfg.data_dir, cfg.size, cfg.out)
         data.note(cfg, state, train)
