@@ -21,7 +21,7 @@ import pathlib
 import re
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,8 +146,8 @@ class Images:
         if names is not None:
             self.names = torch.from_numpy(np.array(names).view(np.uint8).reshape(len(names), -1))
             if len(names) * 3 * size * size <= RESIDENT_BYTES:
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    self.pixels = torch.cat(list(pool.map(self.read_all, torch.arange(len(names)).split(100))))
+                with ThreadPool() as pool:
+                    self.pixels = torch.stack(pool.map(self.read, range(len(names)), chunksize=100))
                 self.check()
 
     def __len__(self):
@@ -166,10 +166,8 @@ class Images:
 
     def __getitems__(self, rows):
         """Rows int64 [m] -> uint8 [m, 3, size, size], int64 [m]."""
-        return self.pixels[rows] if self.resident else self.read_all(rows), self.labels[rows]
-
-    def read_all(self, rows):
-        return torch.stack([self.read(row) for row in rows.tolist()])
+        pixels = self.pixels[rows] if self.resident else torch.stack([self.read(row) for row in rows.tolist()])
+        return pixels, self.labels[rows]
 
     def file(self, row):
         name = os.fsdecode(self.names[row].numpy().tobytes().rstrip(b"\0"))
