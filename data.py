@@ -149,6 +149,7 @@ class Images:
                 with ThreadPool() as pool:
                     self.pixels = torch.stack(pool.map(self.read, range(len(names)), chunksize=100))
                 self.check()
+        self.resident = self.pixels is not None
 
     def __len__(self):
         return len(self.labels)
@@ -156,10 +157,6 @@ class Images:
     def __str__(self):
         listed = self.names.numpy() if self.folder else self.labels.numpy()
         return f"{len(self):,} images in {len(self.classes):,} classes, list {hashlib.sha256(listed).hexdigest()[:8]}"
-
-    @property
-    def resident(self):
-        return self.pixels is not None
 
     def to(self, device):
         self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
