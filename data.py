@@ -175,10 +175,9 @@ class Images:
         while True:
             try:
                 return center_crop(read_image(self.file(row)), self.size)
-            except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+            except Exception as error:                  # a damaged file may raise anything
                 if not self.bad[row]:
-                    print(f"unreadable image {self.file(row)} ({str(error).splitlines()[0]}): the next one stands in for it",
-                          file=sys.stderr)
+                    print(f"unreadable image {self.file(row)} ({error!r:.150}): the next one stands in for it", file=sys.stderr)
                 self.bad[row] = True
             if self.too_many_bad():
                 return torch.zeros(3, self.size, self.size, dtype=torch.uint8)      # check() will stop the run
