@@ -199,21 +199,17 @@ def list_folder(folder, classes=None, keep=""):
     The list is kept in the file `keep` and read from there while no class folder has changed.
     """
     with os.scandir(folder) as entries:
-        found = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
-    classes = classes or found
-    paths = [os.path.join(folder, name) for name in classes]
-    state = np.array([f"{path} {os.stat(path).st_mtime_ns if name in found else 0}" for name, path in zip(classes, paths)])
+        changed = {entry.name: entry.stat().st_mtime_ns for entry in entries if entry.is_dir() and entry.name[0] != "."}
+    classes = classes or sorted(changed)
+    state = np.array([f"{os.path.join(folder, name)} {changed.get(name, 0)}" for name in classes])
     if keep and os.path.exists(keep):
         kept = np.load(keep)
         if np.array_equal(kept["state"], state):
             return classes, kept["names"], kept["labels"]
-    names, labels = [], []
-    for label, (name, path) in enumerate(zip(classes, paths)):
-        files = sorted(os.listdir(path)) if name in found else []
-        files = [os.fsencode(file) for file in files if os.path.splitext(file)[1].lower() in IMAGE_TYPES and file[0] != "."]
-        names += files
-        labels += [label] * len(files)
-    names, labels = np.array(names, "S"), np.array(labels, np.int64)
+    files = [(os.fsencode(file), label) for label, name in enumerate(classes) if name in changed
+             for file in sorted(os.listdir(os.path.join(folder, name)))
+             if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES]
+    names, labels = np.array([name for name, _ in files], "S"), np.array([label for _, label in files], np.int64)
     if keep and os.environ.get("RANK", "0") == "0":
         replace_file(keep, lambda f: np.savez(f, state=state, names=names, labels=labels))
     return classes, names, labels
