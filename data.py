@@ -42,6 +42,7 @@ SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 RESIDENT_BYTES = 4e9        # a set up to this size is decoded once and lives on the device
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
+RANK = int(os.environ.get("RANK", 0))       # of this process, set by torchrun; the first one talks and writes
 
 
 # ---- shapes: ten classes drawn from distance functions ------------------------------------------
@@ -210,7 +211,7 @@ def list_folder(folder, classes=None, keep=""):
              for file in sorted(os.listdir(os.path.join(folder, name)))
              if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES]
     names, labels = np.array([name for name, _ in files], "S"), np.array([label for _, label in files], np.int64)
-    if keep and os.environ.get("RANK", "0") == "0":
+    if keep and RANK == 0:
         replace_file(keep, lambda f: np.savez(f, state=state, names=names, labels=labels))
     return classes, names, labels
 
@@ -385,8 +386,8 @@ def settings(script, given, presets=None, preset=""):
 def guard(main):
     """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
     sys.stdout.reconfigure(line_buffering=True)
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")              # of many processes the first one talks
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except KeyboardInterrupt:
@@ -406,8 +407,8 @@ def start(cfg):
 
     Settles cfg.bf16 and cfg.compile where they are unset.
     """
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), cfg.device
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -422,7 +423,7 @@ def start(cfg):
     cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
     # a weight is used once a pass: autocast's cache would only keep a second copy of it
-    return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
+    return RANK, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
 
 def bf16_pays(device):
@@ -440,11 +441,10 @@ def barrier():
 @contextlib.contextmanager
 def first_process_first():
     """The first process does what follows alone, then all others: they find what it made."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
+    if RANK > 0:
         barrier()
     yield
-    if first:
+    if RANK == 0:
         barrier()
 
 

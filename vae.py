@@ -298,7 +298,7 @@ class Log:
         self.path, self.total, self.flops, self.peak = path, total, flops, peak
         self.values, self.clock, self.shown, self.board = {"step": step}, time.perf_counter(), 0.0, None
         self.skipped = self.in_a_row = self.longest = 0.0   # updates: all, the latest in a row, the most in a row
-        self.writes = path and os.environ.get("RANK", "0") == "0"
+        self.writes = path and data.RANK == 0
         lines = open(path).readlines() if step and os.path.exists(path) else []
         lines = [line for line in lines if line[-1] == "\n" and (line[:4] == "step" or int(line.split(",")[0]) <= step)]
         self.columns = lines[0].strip().split(",") if lines else []
