@@ -412,7 +412,7 @@ def start(cfg):
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=1))    # the first process may scan or download for long
     torch.set_float32_matmul_precision("high")
