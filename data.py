@@ -420,17 +420,13 @@ def start(cfg):
         # keep freed memory: else glibc returns large tensors' to the system, and new pages were up to half of a step's time
         libc, M_MMAP_MAX, M_TRIM_THRESHOLD = ctypes.CDLL(None), -4, -1
         libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)
-    cfg.bf16 = bf16_pays(device) if cfg.bf16 is None else cfg.bf16
+    if cfg.bf16 is None:                                # where it is faster: CPUs with instructions for it, GPUs since Ampere
+        on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.bf16 = on_cpu if device.type == "cpu" else on_gpu
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
     # a weight is used once a pass: autocast's cache would only keep a second copy of it
     return RANK, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
-
-
-def bf16_pays(device):
-    """Whether bfloat16 is faster: on GPUs since Ampere, on CPUs with instructions for it."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def barrier():
