@@ -487,8 +487,7 @@ def replace_file(path, write):
     except (OSError, RuntimeError) as error:            # torch.save turns an OSError into a RuntimeError
         raise SystemExit(f"error: cannot write {path}: {error.args[-1]}; what was saved before is intact")
     finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        pathlib.Path(partial).unlink(missing_ok=True)
 
 
 def new_array(path, dtype, shape):
