@@ -575,15 +575,14 @@ def note(cfg, state, train):
 def main(argv=None):
     cfg = settings(globals(), flags(globals(), argv))
     train, val = load(cfg.data, cfg.data_dir, cfg.size)
-    out = cfg.out or folder_of(cfg.data)
-    os.makedirs(out, exist_ok=True)
+    picture = os.path.join(cfg.out or folder_of(cfg.data), "data.png")
+    os.makedirs(os.path.dirname(picture), exist_ok=True)
     counts = np.bincount(train.labels, minlength=len(train.classes))
     print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images, {train.size}x{train.size}, "
           f"{len(train.classes)} classes of {counts.min():,} to {counts.max():,}: "
           + ", ".join(train.classes[:10]) + (", ..." if len(train.classes) > 10 else ""))
-    pixels, _ = train.__getitems__(order(len(train), 0, 80, seed=0))
-    save_grid(os.path.join(out, "data.png"), pixels, columns=10)
-    print(f"80 of them: {os.path.join(out, 'data.png')}")
+    save_grid(picture, train.__getitems__(order(len(train), 0, 80, seed=0))[0], columns=10)
+    print(f"80 of them: {picture}")
 
 
 if __name__ == "__main__":
