@@ -257,9 +257,8 @@ def load_cifar10(folder, size):
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put the images at "
                          f"{folder}/train/<class>/ and {folder}/val/<class>/")
-    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
-    return [Images(part.classes, part.targets, size, torch.stack([center_crop(image, size) for image in images]))
-            for part, images in zip(parts, pixels)]
+    pixels = [[center_crop(image, size) for image in torch.from_numpy(part.data).permute(0, 3, 1, 2)] for part in parts]
+    return [Images(part.classes, part.targets, size, torch.stack(images)) for part, images in zip(parts, pixels)]
 
 
 # ---- batches ------------------------------------------------------------------------------------
