@@ -368,12 +368,12 @@ def flags(script, argv):
     return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
 
 
-def settings(script, given, presets=None, preset=""):
+def settings(script, given, preset=""):
     """The block's constants, under the preset's row, under the given flags -> a namespace in lower case.
 
-    The row is --preset's, else the one named `preset`, else ImageNet's.
+    The row of the script's PRESETS is --preset's, else the one named `preset`, else ImageNet's.
     """
-    block = {name: script[name] for name, _ in fenced(script)}
+    block, presets = {name: script[name] for name, _ in fenced(script)}, script.get("PRESETS")
     if presets:
         block["PRESET"] = given.get("preset") or (preset if preset in presets else "imagenet")
         block |= presets[block["PRESET"]]

@@ -428,14 +428,14 @@ def main(argv=None):
         out = os.path.dirname(data.newest("diffusion.pt", "diffusion.py"))
     if given.get("bench"):
         preset = given.get("preset") or given.get("data", "shapes")
-        vae_config, vae_file = data.settings(vars(stage_one), {}, stage_one.PRESETS, preset), ""
+        vae_config, vae_file = data.settings(vars(stage_one), {}, preset), ""
         vae = stage_one.build(vae_config)
     else:
         vae_file = find_vae(given, out)
         vae, vae_state = load_vae(vae_file)
         vae_config = SimpleNamespace(**vae_state["config"])
         print(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {vae_config.data}")
-    cfg = data.settings(globals(), given, PRESETS, vae_config.preset)
+    cfg = data.settings(globals(), given, vae_config.preset)
     cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or vae_config.data
     cfg.data_dir, cfg.size = cfg.data_dir or vae_config.data_dir, cfg.size or vae_config.size
     state = None if cfg.bench else data.begin(cfg, given, "diffusion.pt", "diffusion.py")

@@ -130,7 +130,7 @@ def find_class(word, classes):
 def bench(cfg):
     """Time the encoder and the decoder on 8 images, and the sampling of a batch, with untrained models of the preset."""
     _, _, device, autocast = data.start(cfg)
-    run, vae_run = (data.settings(vars(script), {}, script.PRESETS, cfg.preset) for script in (diffusion, vae))
+    run, vae_run = (data.settings(vars(script), {}, cfg.preset) for script in (diffusion, vae))
     coder = vae.build(vae_run).to(device).requires_grad_(False)
     run.classes, run.z_channels, run.side = range(1000), coder.z_channels, vae_run.size // coder.factor
     peak, z_shape = vae.peak_flops(device, cfg.bf16), (run.z_channels, run.side, run.side)

@@ -828,9 +828,9 @@ def test_non_finite_updates_are_skipped_then_stop_the_run(images, tmp_path, monk
 
 def test_presets_and_flags():
     given = data.flags(vars(vae), ["--lr", "1", "--widths", "8", "16", "--no-compile"])
-    cfg = data.settings(vars(vae), given, vae.PRESETS, "imagenet")
+    cfg = data.settings(vars(vae), given, "imagenet")
     assert (cfg.lr, cfg.widths, cfg.compile, cfg.accum, cfg.disc_lr) == (1.0, (8, 16), False, 16, 3e-4)
-    assert data.settings(vars(vae), {}, vae.PRESETS, "some/folder").preset == "imagenet"
+    assert data.settings(vars(vae), {}, "some/folder").preset == "imagenet"
     with pytest.raises(SystemExit):
         data.flags(vars(vae), ["--learning-rate", "1"])
     for script in (vae, diffusion):

@@ -476,7 +476,7 @@ def evaluate(vae, val, cfg, step, device, autocast):
 
 def main(argv=None):
     given = data.flags(globals(), argv)
-    cfg = data.settings(globals(), given, PRESETS, given.get("data", DATA))
+    cfg = data.settings(globals(), given, given.get("data", DATA))
     cfg.out = cfg.out or data.folder_of(cfg.data)
     state = None if cfg.bench else data.begin(cfg, given, "vae.pt", "vae.py")
     rank, world, device, autocast = data.start(cfg)
