@@ -548,10 +548,10 @@ def begin(cfg, given, name, made_by):
     if cfg.resume:
         state = load_checkpoint(path, made_by)
         for key, old in state["config"].items():
-            if key in given and given[key] != old:
-                print(f"resume: {key} was {old}, is now {given[key]}")
-            elif key not in given and key not in ("resume", "out", "device"):
+            if key not in (*given, "overwrite", "out", "device"):       # these are the call's, not the run's
                 setattr(cfg, key, old)
+            elif key != "resume" and given.get(key, old) != old:
+                print(f"resume: {key} was {old}, is now {given[key]}")
         print(f"resuming {path} at step {state['step']:,}")
         return state
     if os.path.exists(path) and not cfg.overwrite:
