@@ -283,17 +283,13 @@ def schedule(n, micro, steps, start, stop, rank, world, seed):
 
 
 def share(cfg, world):
-    """The update's batch, batch_size x accum images, over the processes -> micro-batch, micro-steps.
-
-    The batch stays what was asked for whatever the number of processes, or this stops.
-    """
-    total = cfg.batch_size * cfg.accum
-    steps = -(-cfg.accum // world)
-    if total % (steps * world):
-        near = round(total / (steps * world)) or 1
+    """Share the update's batch, batch_size x accum images, out over the processes, or stop -> micro-batch, micro-steps."""
+    total, steps = cfg.batch_size * cfg.accum, -(-cfg.accum // world)
+    micro, rest = divmod(total, steps * world)
+    if rest:
         raise SystemExit(f"error: a batch of {total} does not divide over {world} processes x {steps} "
-                         f"micro-steps; the nearest that does is {near * steps * world}")
-    return total // (steps * world), steps
+                         f"micro-steps; the next that does is {(micro + 1) * steps * world}")
+    return micro, steps
 
 
 def feed(source, schedule, device, workers):
