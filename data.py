@@ -4,10 +4,9 @@
     python data.py --data cifar10                     # downloaded once, to data/cifar10
     python data.py --data path/to/folder --size 128
 
-A dataset is `shapes` (drawn below, no files), `cifar10`, `imagenet`, or any folder that holds
-DIR/train/<class>/* and perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8
-[3, size, size]; a label is the index of its class among the sorted class names. The second half of
-the file is what the scripts share to run: flags, processes, checkpoints, logs.
+A dataset is `shapes` (drawn below), `cifar10`, `imagenet`, or a folder that holds DIR/train/<class>/*
+and perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8 [3, size, size], its label an
+index into the sorted classes. The second half is what all scripts share: flags, processes, checkpoints.
 """
 import argparse
 import contextlib
@@ -75,8 +74,7 @@ SHAPES = {
 def draw_shapes(split, rows, size=32):
     """Draw the given rows of a split -> uint8 [n, 3, size, size]; row i has class i % 10.
 
-    Place, size, angle and both colours are random but a function of (split, row) alone. One distance
-    function serves each class; the edge is antialiased over one pixel.
+    Place, size, angle and both colours are random, but a function of (split, row) alone.
     """
     u = np.stack([np.random.default_rng((split == "val", i)).random(8) for i in rows]).astype(np.float32)
     u, labels = torch.from_numpy(u), torch.tensor(rows) % len(SHAPES)
@@ -86,7 +84,7 @@ def draw_shapes(split, rows, size=32):
     x = line[None, None, :] - (u[:, 2, None, None] - 0.5) * 0.5
     y = line[None, :, None] - (u[:, 3, None, None] - 0.5) * 0.5
     x, y = (x * angle.cos() + y * angle.sin()) / radius, (y * angle.cos() - x * angle.sin()) / radius
-    cover = torch.empty(len(u), 1, size, size)
+    cover = torch.empty(len(u), 1, size, size)          # share of each pixel inside: edges are antialiased
     for k, distance in enumerate(SHAPES.values()):
         of_k = labels == k
         cover[of_k, 0] = (0.5 - distance(x[of_k], y[of_k]) * radius[of_k] * (size / 2)).clamp(0, 1)
@@ -118,9 +116,8 @@ def read_image(file):
 def center_crop(x, size):
     """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size].
 
-    As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too
-    large, then bicubic. torch's uint8 kernels, several times as fast as Pillow's; within rounding of them, but for
-    sides that are odd when halved.
+    As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too large, then
+    bicubic. torch's uint8 kernels are several times as fast as Pillow's, and within rounding unless an odd side is halved.
     """
     x = x[None]
     while min(x.shape[2:]) >= 2 * size:
@@ -217,10 +214,7 @@ def list_folder(folder, classes=None, keep=""):
 
 
 def load(data, data_dir="", size=0, keep=""):
-    """A dataset by name or folder -> (train, val), two `Images`; stops and names what is missing.
-
-    File lists are kept in the folder `keep`. Under torchrun the first process scans or downloads, then the others look.
-    """
+    """A dataset by name or folder -> train and val, two `Images`; lists of files are kept in the folder `keep`."""
     size = size or SIZES.get(data, 256)
     if data == "shapes" and not data_dir:
         return [Images(list(SHAPES), torch.arange(count) % len(SHAPES), size, draw_shapes(split, range(count), size), flip=False)
@@ -398,10 +392,7 @@ def guard(main):
 
 
 def start(cfg):
-    """Choose the device, join the group if torchrun started this process -> rank, world size, device, autocast.
-
-    Settles cfg.bf16 and cfg.compile where they are unset.
-    """
+    """Choose the device, join torchrun's group, settle unset cfg.bf16 and cfg.compile -> rank, world size, device, autocast."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
