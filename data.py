@@ -39,6 +39,7 @@ OUT = ""                    # folder for the picture; empty: out/<data>
 SIZES = {"shapes": 32, "cifar10": 64}
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 RESIDENT_BYTES = 4e9        # a set up to this size is decoded once and lives on the device
+MAX_BAD = 0.01              # share of unreadable images above which the run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
 RANK = int(os.environ.get("RANK", 0))       # of this process, set by torchrun; the first one talks and writes
@@ -177,16 +178,13 @@ class Images:
                 if not self.bad[row]:
                     print(f"unreadable image {self.file(row)} ({error!r:.150}): the next one stands in for it", file=sys.stderr)
                 self.bad[row] = True
-            if self.too_many_bad():
+            if self.bad.sum() > MAX_BAD * len(self):
                 return torch.zeros(3, self.size, self.size, dtype=torch.uint8)      # check() will stop the run
             row = (row + 1) % len(self)
 
-    def too_many_bad(self):
-        return self.bad.sum() > len(self) / 100
-
     def check(self):
         """Stop if more than 1% of the files could not be read so far, by any worker."""
-        if self.too_many_bad():
+        if self.bad.sum() > MAX_BAD * len(self):
             raise SystemExit(f"error: {self.bad.sum()} of {len(self):,} images cannot be read, among them "
                              f"{self.file(self.bad.nonzero()[0, 0])}: repair or remove them")
 
