@@ -77,8 +77,8 @@ def draw_shapes(split, rows, size=32):
 
     Place, size, angle and both colours are random, but a function of (split, row) alone.
     """
-    u = np.stack([np.random.default_rng((split == "val", i)).random(8) for i in rows]).astype(np.float32)
-    u, labels = torch.from_numpy(u), torch.tensor(rows) % len(SHAPES)
+    u = torch.tensor(np.stack([np.random.default_rng((split == "val", i)).random(8) for i in rows]), dtype=torch.float32)
+    labels = torch.tensor(rows) % len(SHAPES)
     line = (torch.arange(size) + 0.5) * (2 / size) - 1
     radius = 0.5 + 0.25 * u[:, 0, None, None]
     angle = (u[:, 1, None, None] - 0.5) * (torch.pi / 6)
@@ -198,7 +198,7 @@ def list_folder(folder, classes=None, keep=""):
         changed = {entry.name: entry.stat().st_mtime_ns for entry in entries if entry.is_dir() and entry.name[0] != "."}
     classes = classes or sorted(changed)
     state = np.array([f"{os.path.join(folder, name)} {changed.get(name, 0)}" for name in classes])
-    if keep and os.path.exists(keep):
+    if os.path.exists(keep):
         kept = np.load(keep)
         if np.array_equal(kept["state"], state):
             return classes, kept["names"], kept["labels"]
