@@ -21,7 +21,6 @@ import re
 import signal
 import sys
 from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -365,7 +364,7 @@ def settings(script, given, preset=""):
     if presets:
         block["PRESET"] = given.get("preset") or (preset if preset in presets else "imagenet")
         block |= presets[block["PRESET"]]
-    return SimpleNamespace(**{name.lower(): value for name, value in block.items()} | given)
+    return argparse.Namespace(**{name.lower(): value for name, value in block.items()} | given)
 
 
 # ---- processes ----------------------------------------------------------------------------------
