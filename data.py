@@ -182,7 +182,7 @@ class Images:
             row = (row + 1) % len(self)
 
     def check(self):
-        """Stop if more than 1% of the files could not be read so far, by any worker."""
+        """Stop if more than MAX_BAD of the files could not be read so far, by any worker."""
         if self.bad.sum() > MAX_BAD * len(self):
             raise SystemExit(f"error: {self.bad.sum()} of {len(self):,} images cannot be read, among them "
                              f"{self.file(self.bad.nonzero()[0, 0])}: repair or remove them")
