@@ -276,10 +276,10 @@ def schedule(n, micro, steps, start, stop, rank, world, seed):
 def share(cfg, world):
     """Share the update's batch, batch_size x accum images, out over the processes, or stop -> micro-batch, micro-steps."""
     total, steps = cfg.batch_size * cfg.accum, -(-cfg.accum // world)
-    micro, rest = divmod(total, steps * world)
-    if rest:
+    micro = round(total / (steps * world)) or 1
+    if micro * steps * world != total:
         raise SystemExit(f"error: a batch of {total} does not divide over {world} processes x {steps} "
-                         f"micro-steps; the next that does is {(micro + 1) * steps * world}")
+                         f"micro-steps; the nearest that does is {micro * steps * world}")
     return micro, steps
 
 

@@ -51,7 +51,7 @@ BLOCKS = 1                  # unet: residual blocks at each resolution
 ATTENTION_AT = 8            # unet: self-attention where the side is at most this
 DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
 # loss
-OBJECTIVE = "flow"          # one of flow, v, eps; the linear path, the cosine path, the same predicting its noise
+OBJECTIVE = "flow"          # one of flow, v, eps; the linear path, the cosine path, the same by a network that gives the noise
 TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
 LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for classifier-free guidance
 # optimiser
@@ -99,15 +99,24 @@ def path(objective, t):
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
 
 
-def diffusion_loss(model, objective, x0, e, t, y, dropped, null):
-    """Mean squared error per image [b] of the velocity, or of the noise for eps, at x_t.
+def velocity(model, objective, x, t, y):
+    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32."""
+    out = model(x, t, y).float()
+    if objective != "eps":
+        return out
+    a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
+    return (da * x + out) / a
 
-    x0, e [b, c, h, w]; t [b]; `dropped` [b] says which labels give way to the null class.
+
+def diffusion_loss(model, objective, x0, e, t, y, dropped, null):
+    """Mean squared error of the velocity per image [b], at x_t. x0, e [b, c, h, w]; t [b].
+
+    `dropped` [b] says which labels give way to the null class. For eps this is the noise's error over a^2, the "SNR+1"
+    weighting of Salimans and Ho (2022): without it a short run learns little of the shape, which the noisy times decide.
     """
     a, b, da, db = path(objective, t.view(-1, 1, 1, 1))
-    out = model(a * x0 + b * e, t, torch.where(dropped, null, y)).float()
-    target = e if objective == "eps" else da * x0 + db * e
-    return (out - target).square().mean((1, 2, 3))
+    v = velocity(model, objective, a * x0 + b * e, t, torch.where(dropped, null, y))
+    return (v - (da * x0 + db * e)).square().mean((1, 2, 3))
 
 
 def first_time(objective):

@@ -19,7 +19,7 @@ from PIL import Image
 import data
 import diffusion
 import vae
-from diffusion import CODED_PIXELS, denormalise, first_time, path
+from diffusion import CODED_PIXELS, denormalise, first_time, path, velocity
 
 # -------------------------------------------------------------------------------------------------
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
@@ -43,15 +43,6 @@ BENCH = False               # time encoding, decoding and the sampling of a batc
 
 
 # ---- guidance, sampler, decoder -----------------------------------------------------------------
-
-def velocity(model, objective, x, t, y):
-    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32."""
-    out = model(x, t, y).float()
-    if objective != "eps":
-        return out
-    a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
-    return (da * x + out) / a
-
 
 def guided(model, objective, x, t, y, cfg, null):
     """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""

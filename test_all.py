@@ -379,7 +379,7 @@ def test_path_round_trip(objective):
     torch.testing.assert_close(a * v - da * x, e)
     torch.testing.assert_close(torch.stack([a[0], b[0]]), torch.tensor([[1.0], [0.0]], dtype=torch.double))
     if objective == "eps":
-        got = sample.velocity(lambda x, t, y: e.view(11, 5, 1, 1), "eps", x.view(11, 5, 1, 1), t.view(-1), None)
+        got = diffusion.velocity(lambda x, t, y: e.view(11, 5, 1, 1), "eps", x.view(11, 5, 1, 1), t.view(-1), None)
         torch.testing.assert_close(got.double().view(11, 5), v, rtol=1e-4, atol=1e-4)
 
 
@@ -397,7 +397,8 @@ def test_loss_is_zero_for_the_right_answer_only(objective):
     loss = diffusion.diffusion_loss(oracle, objective, x0, e, t, y, dropped, 10)
     torch.testing.assert_close(loss, torch.zeros(6))
     assert seen[0].tolist() == [10, 1, 10, 3, 10, 5]
-    assert (diffusion.diffusion_loss(lambda x, t, y: 0 * x, objective, x0, e, t, y, dropped, 10) > 0.5).all()
+    off = diffusion.diffusion_loss(lambda *given: oracle(*given) + 0.1, objective, x0, e, t, y, dropped, 10)
+    torch.testing.assert_close(off, 0.01 / diffusion.path("v", t)[0] ** 2 if objective == "eps" else torch.full((6,), 0.01))
 
 
 @pytest.mark.parametrize("objective", ["flow", "v", "eps"])
