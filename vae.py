@@ -74,7 +74,7 @@ BENCH = False               # time the steps on random images and stop; writes n
 PRESETS = {
     "shapes": {},
     "cifar10": dict(SIZE=64, MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256), BLOCKS=2, Z_CHANNELS=4,
-                    ATTENTION=True, DISC_WIDTH=64, LR=8e-4, DISC_LR=2.4e-3, DISC_LR_MIN=1e-6),
+                    ATTENTION=True, DISC_WIDTH=64, KL_WEIGHT=2e-2, LR=8e-4, DISC_LR=2.4e-3, DISC_LR_MIN=1e-6),
     "imagenet": dict(SIZE=256, MAX_STEPS=130_110, BATCH_SIZE=8, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512), BLOCKS=2,
                      Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, LR=1e-4, DISC_LR=3e-4),
 }
