@@ -733,6 +733,13 @@ def test_sigterm_while_encoding(trained, tmp_path, monkeypatch, capsys):
     assert [diffusion.made(np.load(tmp_path / "latents.npy"), first, 16) for first in (0, 16, 32)] == [True, False, False]
 
 
+def test_resume_takes_the_settings_of_the_run_but_not_its_overwrite(tmp_path):
+    torch.save({"made_by": "vae.py", "step": 3, "config": {"lr": 0.1, "overwrite": True}}, tmp_path / "vae.pt")
+    cfg = SimpleNamespace(out=str(tmp_path), resume=True, overwrite=False, lr=0.5)
+    assert data.begin(cfg, {"resume": True}, "vae.pt", "vae.py")["step"] == 3
+    assert cfg.lr == 0.1 and not cfg.overwrite              # else diffusion.py would remake another VAE's latents unasked
+
+
 def test_what_changed_is_named_on_resume(images, trained, tmp_path, capsys):
     import shutil
     shutil.copytree(images, tmp_path / "images")
