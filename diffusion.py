@@ -252,7 +252,7 @@ class DiT(nn.Module):
     def __init__(self, channels, side, num_classes, name="B/2"):
         super().__init__()
         size, _, patch = name.partition("/")
-        if size not in DIT_SIZES or not patch.isdigit() or side % int(patch):
+        if size not in DIT_SIZES or not patch.isdigit() or int(patch) == 0 or side % int(patch):
             raise SystemExit(f"error: --dit {name} does not fit latents of {side}x{side}: expected one of "
                              f"{', '.join(DIT_SIZES)} / a patch that divides {side}")
         (d, depth, heads), self.patch = DIT_SIZES[size], int(patch)
