@@ -475,10 +475,14 @@ def replace_file(path, write):
 
 def new_array(path, dtype, shape):
     """Create a .npy file of zeros; its space is taken now, so that a full disk stops here, not in a crash later."""
-    np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):                  # not on macOS
-        with open(path, "r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):              # not on macOS
+            with open(path, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        pathlib.Path(path).unlink(missing_ok=True)
+        raise SystemExit(f"error: cannot make {path}, {np.dtype(dtype).itemsize * np.prod(shape) / 1e9:.3g} GB: {error.strerror}")
 
 
 def open_array(path):
