@@ -256,6 +256,14 @@ def test_published_vae():
     assert parts == [34_163_592, 49_490_179, 72, 20, 83_653_863]
 
 
+@pytest.mark.parametrize("widths, blocks, attention", [((32, 64, 64), 1, False), ((64, 128, 256), 2, True)])
+def test_vae_starts_with_more_signal_than_noise(widths, blocks, attention):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mean, logvar = vae.VAE(widths, blocks, 4, attention).encode(data.to_float(data.draw_shapes("train", range(32))))
+    assert mean.std(0).mean() > 1.5 * (logvar / 2).exp().mean()     # else the first updates learn to do without the latent
+
+
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
     up, x = vae.Upsample(3).double(), torch.randn(2, 3, 5, 4, dtype=torch.double)
     want = F.conv2d(F.interpolate(x, scale_factor=2.0), up.weight, up.bias, padding=1)
@@ -359,7 +367,7 @@ def test_overfits_one_batch():
     torch.manual_seed(0)
     model, x = vae.VAE((16, 32), 1, 4, True), data.to_float(data.draw_shapes("train", range(8)))
     opt = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(60):
+    for _ in range(90):
         recon, _, _ = model(x, torch.zeros(()))
         loss = F.mse_loss(recon, x)
         opt.zero_grad(), loss.backward(), opt.step()
