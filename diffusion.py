@@ -7,7 +7,7 @@
 
 Encodes every image once (latents.npy, beside vae.pt), then trains. Writes to the run's folder:
 diffusion.pt, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores
-the default takes 3 minutes and ends at a loss of 0.74; all of 1,000 samples are of their class.
+the default takes 3 minutes and ends at a loss of 0.87; 999 of 1,000 samples are of their class.
 """
 import functools
 import hashlib
