@@ -1,26 +1,22 @@
-"""Images for both stages, and the few things that every script needs to run.
+"""Images for both stages, then the little that every script needs to run.
 
-    python data.py                                    # what `shapes` looks like: out/shapes/data.png
-    python data.py --data cifar10                     # downloaded once, to data/cifar10
-    python data.py --data path/to/folder --size 128
-
-A dataset is `shapes` (drawn below), `cifar10`, `imagenet`, or a folder that holds DIR/train/<class>/*
-and perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8 [3, size, size], its label an
-index into the sorted classes. The second half is what all scripts share: flags, processes, checkpoints.
+A dataset is `shapes` (drawn below), `cifar10`, `imagenet`, or a folder that holds DIR/train/<class>/* and
+perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8 [3, size, size], its label an index into
+the sorted class names. From `order` on: batches, settings, processes, signals, files.
 """
 import argparse
-import contextlib
+import concurrent.futures
 import ctypes
-import datetime
 import functools
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import re
 import signal
 import sys
-from multiprocessing.pool import ThreadPool
+import time
 
 import numpy as np
 import torch
@@ -29,22 +25,15 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-# -------------------------------------------------------------------------------------------------
-DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
-DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
-SIZE = 0                    # pixels a side; 0: shapes 32, cifar10 64, all else 256
-OUT = ""                    # folder for the picture; empty: out/<data>
-# -------------------------------------------------------------------------------------------------
-SIZES = {"shapes": 32, "cifar10": 64}
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
-RESIDENT_BYTES = 4e9        # a set up to this size is decoded once and lives on the device
-MAX_BAD = 0.01              # share of unreadable images above which the run stops
+IN_MEMORY = 4e9             # bytes; a set up to this size is decoded once, a larger one file by file
+MAX_BAD = 0.01              # share of unreadable images above which a run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
-RANK = int(os.environ.get("RANK", 0))       # of this process, set by torchrun; the first one talks and writes
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
-# ---- shapes: ten classes drawn from distance functions ------------------------------------------
+# ---- shapes: ten classes drawn from distance functions -----------------------------------------------------
 
 def box(x, y, w, h):
     return torch.maximum(x.abs() - w, y.abs() - h)
@@ -66,18 +55,17 @@ SHAPES = {
     "ring": lambda x, y: (torch.hypot(x, y) - 0.73).abs() - 0.2,
     "square": lambda x, y: box(x, y, 0.8, 0.8),
     "star": lambda x, y: polygon(x, -y, 5, 0.36).topk(2, 0).values[1],     # outside one edge at most
-    "stripes": lambda x, y: torch.maximum(box(x, y, 0.9, 0.9), (torch.remainder(y + 0.3, 0.6) - 0.3).abs() - 0.17),
+    "stripes": lambda x, y: torch.maximum(box(x, y, 0.9, 0.9),
+                                          (torch.remainder(y + 0.3, 0.6) - 0.3).abs() - 0.17),
     "triangle": lambda x, y: polygon(x, y - 0.2, 3, 0.53).amax(0),
 }
 
 
 def draw_shapes(split, rows, size=32):
-    """Draw the given rows of a split -> uint8 [n, 3, size, size]; row i has class i % 10.
-
-    Place, size, angle and both colours are random, but a function of (split, row) alone.
-    """
-    u = torch.tensor(np.stack([np.random.default_rng((split == "val", i)).random(8) for i in rows]), dtype=torch.float32)
-    labels = torch.tensor(rows) % len(SHAPES)
+    """Draw the given rows of a split -> uint8 [n, 3, size, size]; row i has class i % 10. Place, size,
+    angle and both colours are random, but a function of (split, row) alone."""
+    u = np.stack([np.random.default_rng((split == "val", i)).random(8) for i in rows])
+    u, labels = torch.tensor(u, dtype=torch.float32), torch.tensor(rows) % len(SHAPES)
     line = (torch.arange(size) + 0.5) * (2 / size) - 1
     radius = 0.5 + 0.25 * u[:, 0, None, None]
     angle = (u[:, 1, None, None] - 0.5) * (torch.pi / 6)
@@ -94,15 +82,19 @@ def draw_shapes(split, rows, size=32):
     return ((paper + cover * (ink - paper)) * 255).round().to(torch.uint8)
 
 
-# ---- image files --------------------------------------------------------------------------------
+# ---- image files -------------------------------------------------------------------------------------------
+
+# a third faster than Pillow's; the bare operator, since the function around it is deprecated and warns
+DECODE_JPEG = getattr(torch.ops.image, "decode_jpeg", None)
+
 
 def read_image(file):
     """Any image that Pillow reads -> uint8 [3, h, w] in RGB, upright; transparency goes on white."""
     raw = np.fromfile(file, np.uint8)
     image = Image.open(io.BytesIO(raw))                 # the header alone; refuses an image bomb
-    decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)     # a third faster than Pillow's; to be removed some day
-    if decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB") and image.getexif().get(0x0112, 1) == 1:
-        return decode_jpeg(torch.from_numpy(raw), "RGB")
+    plain = image.format == "JPEG" and image.mode in ("L", "RGB") and image.getexif().get(0x0112, 1) == 1
+    if plain and DECODE_JPEG:
+        return DECODE_JPEG(torch.from_numpy(raw), torchvision.io.ImageReadMode.RGB.value, False)
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":                           # 16-bit or float greyscale: convert() would clip it
         grey = np.asarray(image, np.float32)
@@ -114,11 +106,10 @@ def read_image(file):
 
 
 def center_crop(x, size):
-    """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size].
-
-    As the published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too large, then
-    bicubic. torch's uint8 kernels are several times as fast as Pillow's, and within rounding unless an odd side is halved.
-    """
+    """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size]. As the
+    published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too
+    large, then bicubic. torch's uint8 kernels are several times as fast as Pillow's, and equal to
+    rounding."""
     x = x[None]
     while min(x.shape[2:]) >= 2 * size:
         x = F.interpolate(x, (x.shape[2] // 2, x.shape[3] // 2), mode="bilinear")       # 2x2 averages
@@ -130,129 +121,119 @@ def center_crop(x, size):
 
 
 class Images:
-    """One split: images uint8 [3, size, size] and a class index each.
+    """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], for rows int64 [n]. Made
+    of `pixels` [n, 3, size, size] or of `files` below `folder`, each read when it is asked for. `flip` says
+    whether a mirrored image is still one of its class."""
 
-    A split of up to RESIDENT_BYTES is decoded at once into `pixels` [n, 3, size, size]; a larger one is read file
-    by file. `flip` says whether a mirrored image is still one of its class. All that grows with the number of files
-    is in tensors, which loader workers share instead of copying.
-    """
-
-    def __init__(self, classes, labels, size, pixels=None, folder="", names=None, flip=True):
-        self.classes, self.size, self.flip, self.pixels, self.folder = classes, size, flip, pixels, folder
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.bad = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-        if names is not None:
-            self.names = torch.from_numpy(np.array(names).view(np.uint8).reshape(len(names), -1))
-            if len(names) * 3 * size * size <= RESIDENT_BYTES:
-                with ThreadPool() as pool:
-                    self.pixels = torch.stack(pool.map(self.read, range(len(names)), chunksize=100))
-                self.check()
-        self.resident = self.pixels is not None
+    def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True):
+        self.classes, self.labels, self.size, self.flip = classes, torch.tensor(labels), size, flip
+        self.pixels, self.folder, self.files, self.bad = pixels, folder, files, set()
 
     def __len__(self):
         return len(self.labels)
 
-    def __str__(self):
-        listed = self.names.numpy() if self.folder else self.labels.numpy()
-        return f"{len(self):,} images in {len(self.classes):,} classes, list {hashlib.sha256(listed).hexdigest()[:8]}"
-
-    def to(self, device):
-        self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
-
-    def __getitems__(self, rows):
-        """Rows int64 [m] -> uint8 [m, 3, size, size], int64 [m]."""
-        pixels = self.pixels[rows] if self.resident else torch.stack([self.read(row) for row in rows.tolist()])
+    def __getitem__(self, rows):
+        pixels = self.pixels
+        pixels = torch.stack([self.read(row) for row in rows.tolist()]) if pixels is None else pixels[rows]
         return pixels, self.labels[rows]
 
-    def file(self, row):
-        name = os.fsdecode(self.names[row].numpy().tobytes().rstrip(b"\0"))
-        return os.path.join(self.folder, self.classes[self.labels[row]], name)
+    def in_memory(self):
+        """The same, with all files read now, if they fit."""
+        if self.files and len(self) * 3 * self.size ** 2 <= IN_MEMORY:
+            print(f"reading {len(self):,} images in {self.folder}")
+            with threads(os.cpu_count()) as pool:
+                self.pixels = torch.stack(list(pool.map(self.read, range(len(self)))))
+        return self
 
     def read(self, row):
-        """Decode one file; an unreadable one is named once and the next readable one stands in for it."""
-        while True:
-            try:
-                return center_crop(read_image(self.file(row)), self.size)
-            except Exception as error:                  # a damaged file may raise anything
-                if not self.bad[row]:
-                    print(f"unreadable image {self.file(row)} ({error!r:.150}): the next one stands in for it", file=sys.stderr)
-                self.bad[row] = True
-            if self.bad.sum() > MAX_BAD * len(self):
-                return torch.zeros(3, self.size, self.size, dtype=torch.uint8)      # check() will stop the run
-            row = (row + 1) % len(self)
+        """Decode one file; one that cannot be read is named once, and the next of its class stands in."""
+        file = os.path.join(self.folder, self.files[row])
+        try:
+            return center_crop(read_image(file), self.size)
+        except Exception as error:                  # a damaged file may raise anything
+            if row not in self.bad:
+                self.bad.add(row)
+                print(f"unreadable image {file} ({error!r:.150}): the next stands in", file=sys.stderr)
+        if len(self.bad) > MAX_BAD * len(self):
+            raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, among them "
+                             f"{file}: repair or remove them")
+        same = (self.labels == self.labels[row]).nonzero().flatten().tolist()
+        return self.read(same[(same.index(row) + 1) % len(same)])
 
-    def check(self):
-        """Stop if more than MAX_BAD of the files could not be read so far, by any worker."""
-        if self.bad.sum() > MAX_BAD * len(self):
-            raise SystemExit(f"error: {self.bad.sum()} of {len(self):,} images cannot be read, among them "
-                             f"{self.file(self.bad.nonzero()[0, 0])}: repair or remove them")
-
-
-def list_folder(folder, classes=None, keep=""):
-    """<folder>/<class>/<image files> -> class names, file names (bytes, one width), labels, all sorted.
-
-    The list is kept in the file `keep` and read from there while no class folder has changed.
-    """
-    with os.scandir(folder) as entries:
-        changed = {entry.name: entry.stat().st_mtime_ns for entry in entries if entry.is_dir() and entry.name[0] != "."}
-    classes = classes or sorted(changed)
-    state = np.array([f"{os.path.join(folder, name)} {changed.get(name, 0)}" for name in classes])
-    if os.path.exists(keep):
-        kept = np.load(keep)
-        if np.array_equal(kept["state"], state):
-            return classes, kept["names"], kept["labels"]
-    files = [(os.fsencode(file), label) for label, name in enumerate(classes) if name in changed
-             for file in sorted(os.listdir(os.path.join(folder, name)))
-             if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES]
-    names, labels = np.array([name for name, _ in files], "S"), np.array([label for _, label in files], np.int64)
-    if keep and RANK == 0:
-        replace_file(keep, lambda f: np.savez(f, state=state, names=names, labels=labels))
-    return classes, names, labels
+    def identity(self):
+        """A hash of what a copy keeps: class and file names, and the contents of a hundred images."""
+        digest = hashlib.sha256("\0".join([*self.classes, *self.files]).encode(errors="surrogateescape"))
+        digest.update(self.labels.numpy())
+        for row in range(0, len(self), -(-len(self) // 100)):
+            file = self.files and os.path.join(self.folder, self.files[row])
+            digest.update(pathlib.Path(file).read_bytes() if file else self.pixels[row].numpy())
+        return digest.hexdigest()
 
 
-def load(data, data_dir="", size=0, keep=""):
-    """A dataset by name or folder -> train and val, two `Images`; lists of files are kept in the folder `keep`."""
-    size = size or SIZES.get(data, 256)
+def list_folder(folder, classes=()):
+    """The images in class folders and below -> class names, paths from `folder` on, labels; sorted. A
+    folder without class folders is one class, named like it."""
+    def below(name):
+        return sorted(os.path.join(root, file)[len(folder) + 1:]
+                      for root, _, files in os.walk(os.path.join(folder, name)) for file in files
+                      if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES)
+
+    names = classes or sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    found = {name: below(name) for name in names if name[0] != "."}
+    if not any(found.values()) and len(classes) < 2:
+        found = {(classes or [os.path.basename(folder)])[0]: below("")}
+    empty = [name for name in found if not found[name]]
+    if empty:
+        print(f"{folder}: no image in {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
+    classes = classes or [name for name in found if found[name]]
+    labels = np.arange(len(classes)).repeat([len(found[name]) for name in classes])
+    return classes, [file for name in classes for file in found[name]], labels
+
+
+def load(data, data_dir="", size=32, expected=()):
+    """A dataset by name, or a folder -> train and val, two `Images`; of the `expected` classes, if any."""
     if data == "shapes" and not data_dir:
-        return [Images(list(SHAPES), torch.arange(count) % len(SHAPES), size, draw_shapes(split, range(count), size), flip=False)
-                for split, count in SHAPES_COUNT.items()]
+        return [Images(list(SHAPES), np.arange(n) % 10, size, draw_shapes(split, range(n), size), flip=False)
+                for split, n in SHAPES_COUNT.items()]
     folder = data_dir or (os.path.join("data", data) if data in ("cifar10", "imagenet") else data)
-    train_folder, val_folder = os.path.join(folder, "train"), os.path.join(folder, "val")
-    if data == "cifar10" and not os.path.isdir(train_folder):
+    train, val = os.path.join(folder, "train"), os.path.join(folder, "val")
+    if data == "cifar10" and not os.path.isdir(train):
         return load_cifar10(folder, size)
-    if not os.path.isdir(folder):
-        raise SystemExit(f"error: no folder {folder}: expected {train_folder}/<class>/<image files>, or --data shapes, "
-                         f"cifar10 or imagenet with --data-dir")
-    train_folder = train_folder if os.path.isdir(train_folder) else folder
-    with first_process_first():
-        classes, names, labels = list_folder(train_folder, keep=keep and os.path.join(keep, "files_train.npz"))
-        held = np.zeros(len(names), bool)
-        if os.path.isdir(val_folder):
-            _, val_names, val_labels = list_folder(val_folder, classes, keep and os.path.join(keep, "files_val.npz"))
-        else:
-            held[::HOLD_OUT], val_folder, val_names, val_labels = True, train_folder, names[::HOLD_OUT], labels[::HOLD_OUT]
-    if len(np.unique(labels)) < 2:
-        raise SystemExit(f"error: {train_folder} holds {len(names)} images in {len(np.unique(labels))} classes: expected "
-                         f"{train_folder}/<class>/<image files> with two classes or more")
-    if not len(val_names):
-        raise SystemExit(f"error: {val_folder} holds no image of the classes in {train_folder}: fill or remove it")
-    return (Images(classes, labels[~held], size, folder=train_folder, names=names[~held]),
-            Images(classes, val_labels, size, folder=val_folder, names=val_names))
+    train = os.path.abspath(train if os.path.isdir(train) else folder)
+    classes, files, labels = list_folder(train) if os.path.isdir(train) else ([], [], [])
+    if len(files) < 2:
+        raise SystemExit(f"error: found {len(files)} images in {train}: expected {folder}/train/<class>/*, "
+                         f"or --data shapes, cifar10, imagenet, with --data-dir")
+    if expected and classes != expected:
+        raise SystemExit(f"error: {train} has other classes than the run, {', '.join(expected[:10])}")
+    if os.path.isdir(val):
+        _, val_files, val_labels = list_folder(val, classes)
+    else:
+        held, val = np.arange(len(files)) % HOLD_OUT == 0, train
+        val_files, val_labels = files[::HOLD_OUT], labels[held]
+        files, labels = list(itertools.compress(files, ~held)), labels[~held]
+    if not val_files:
+        raise SystemExit(f"error: {val} holds no image of the classes in {train}: fill or remove it")
+    return (Images(classes, labels, size, folder=train, files=files),
+            Images(classes, val_labels, size, folder=val, files=val_files))
 
 
 def load_cifar10(folder, size):
     """CIFAR-10 by torchvision, downloaded on first use, upscaled to `size`."""
     try:
-        with first_process_first():
-            parts = [torchvision.datasets.CIFAR10(folder, train, download=True) for train in (True, False)]
+        if RANK == 0:
+            torchvision.datasets.CIFAR10(folder, download=True)
+        from_first(None)                            # the others wait
+        parts = [torchvision.datasets.CIFAR10(folder, train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put the images at "
-                         f"{folder}/train/<class>/ and {folder}/val/<class>/")
-    pixels = [[center_crop(image, size) for image in torch.from_numpy(part.data).permute(0, 3, 1, 2)] for part in parts]
-    return [Images(part.classes, part.targets, size, torch.stack(images)) for part, images in zip(parts, pixels)]
+        raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put "
+                         f"the images at {folder}/train/<class>/ and {folder}/val/<class>/")
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
+    pixels = [torch.stack([center_crop(image, size) for image in images]) for images in pixels]
+    return [Images(part.classes, part.targets, size, images) for part, images in zip(parts, pixels)]
 
 
-# ---- batches ------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 @functools.lru_cache(2)
 def shuffled(n, seed, epoch):
@@ -260,10 +241,8 @@ def shuffled(n, seed, epoch):
 
 
 def order(n, start, count, seed):
-    """Rows at positions start..start+count of an endless stream of shuffled epochs over n rows.
-
-    A function of its arguments: no state to save, the same for any number of workers and processes.
-    """
+    """Rows at positions start..start+count of an endless stream of shuffled epochs over n rows. A function
+    of its arguments: no state to save, the same for any number of threads and processes."""
     return torch.tensor([shuffled(n, seed, k // n)[k % n] for k in range(start, start + count)])
 
 
@@ -274,7 +253,7 @@ def schedule(n, micro, steps, start, stop, rank, world, seed):
 
 
 def share(cfg, world):
-    """Share the update's batch, batch_size x accum images, out over the processes, or stop -> micro-batch, micro-steps."""
+    """Share the update's batch, batch_size x accum, out over the processes -> micro-batch, micro-steps."""
     total, steps = cfg.batch_size * cfg.accum, -(-cfg.accum // world)
     micro = round(total / (steps * world)) or 1
     if micro * steps * world != total:
@@ -283,26 +262,28 @@ def share(cfg, world):
     return micro, steps
 
 
+def threads(count):
+    """A pool of threads. A torch operation in one of them stays on its core; the caller's go on as before."""
+    torch.get_num_threads()             # settles the caller's number before that of new threads changes
+    return concurrent.futures.ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
 def feed(source, schedule, device, workers):
-    """Yield source[rows] on the device for every `rows` that the generator `schedule` yields.
+    """Yield source[rows] on the device for every `rows` of the schedule; threads read a few batches ahead."""
+    schedule, workers, pin = iter(schedule), min(workers, os.cpu_count()), device.type == "cuda"
 
-    A resident source is indexed where it lies; any other is read ahead by worker processes, four batches each.
-    """
-    if source.resident:
-        source.to(device)
-        for rows in schedule:
-            yield source.__getitems__(rows.to(device))
-    else:
-        loader = torch.utils.data.DataLoader(
-            source, batch_sampler=schedule, num_workers=min(workers, os.cpu_count()), prefetch_factor=4 if workers else None,
-            pin_memory=device.type == "cuda", collate_fn=tuple, worker_init_fn=leave_signals)
-        for batch in loader:
-            yield [part.to(device, non_blocking=True) for part in batch]
+    def fetch(rows):
+        return [part.pin_memory() if pin else part for part in source[rows]]
 
-
-def leave_signals(worker):
-    """The main process saves and ends the workers; they must live until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pool = threads(workers)
+    try:
+        ahead = [pool.submit(fetch, rows) for rows in itertools.islice(schedule, 2 * workers)]
+        while ahead:
+            batch = ahead.pop(0).result()
+            ahead += [pool.submit(fetch, rows) for rows in itertools.islice(schedule, 1)]
+            yield [part.to(device, non_blocking=pin) for part in batch]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def to_float(pixels):
@@ -316,58 +297,71 @@ def to_uint8(x):
 
 
 def grid(pixels, columns):
-    """uint8 [n, 3, h, w] -> one picture, uint8 [height, width, 3]"""
-    return torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    """uint8 [n, 3, h, w] -> one picture, `columns` images a row"""
+    picture = torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255)
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
-def save_grid(path, pixels, columns):
-    """uint8 [n, 3, h, w] -> a PNG with `columns` images a row."""
-    replace_file(path, lambda f: Image.fromarray(grid(pixels, columns)).save(f, "png"))
-
-
-# ---- flags --------------------------------------------------------------------------------------
+# ---- settings: the fenced block of constants at a script's top, as flags -----------------------------------
 
 def fenced(script):
-    """(NAME, comment) of every constant in a script's fenced block."""
+    """(NAME, comment) of every constant in the block; `script` is the globals() of its file."""
     block = re.split(r"^# -+$", pathlib.Path(script["__file__"]).read_text(), flags=re.M)[1]
     return re.findall(r"^([A-Z0-9_]+) = .*?# (.*)$", block, re.M)
 
 
-def flags(script, argv):
-    """Parse the fenced constants of a script, its globals(), as flags -> a dict of those given.
+def allowed(kind, comment):
+    """A parser of one value, which refuses what its comment rules out: "from 1; ...", "from 0 to 1; ..."."""
+    bounds = re.match(r"from (\S+?)(?: to (\S+))?;", comment)
 
-    BATCH_SIZE = 64 is --batch-size 64; True, False and None (unset) are --compile/--no-compile; the comment is the
-    flag's help, and its choices if it begins with "one of". A typo ends with argparse's message and status 2.
-    """
-    parser = argparse.ArgumentParser(description=script["__doc__"], allow_abbrev=False, usage="%(prog)s [flags]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    def parse(text):
+        value = kind(text)
+        if bounds and not float(bounds[1]) <= value <= float(bounds[2] or sys.float_info.max):
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds[0][:-1]}")
+        return value
+
+    parse.__name__ = kind.__name__      # for argparse's own "invalid int value"
+    return parse
+
+
+def flags(script, argv):
+    """Parse a script's constants as flags -> a dict of those given. BATCH_SIZE = 64 is --batch-size 64;
+    True, False and None (unset) are --compile/--no-compile. The comment is the flag's help. A wrong flag or
+    value ends with argparse's message and status 2."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=script["__doc__"], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in fenced(script):
         default, choices = script[name], re.match(r"one of ([^;]+)", comment)
-        kind = {"type": type(default), "metavar": "X"}
+        kind = {"type": allowed(type(default), comment)}
         if default is None or isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):
-            kind = {"nargs": "+", "type": type(default[0]) if default else str, "metavar": "X"}
+            kind = {"type": allowed(type(default[0]) if default else str, comment), "nargs": "+"}
         elif choices:
             kind = {"choices": choices[1].split(", ")}
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{comment} [{default}]".replace("%", "%%"), **kind)
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
+    given = vars(parser.parse_args(argv))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
-def settings(script, given, preset=""):
-    """The block's constants, under the preset's row, under the given flags -> a namespace in lower case.
+def settings(script, given, preset="", state=None):
+    """Four layers, each over the one before: block, preset, what a resumed run saved, flags -> a namespace.
+    The row of PRESETS is --preset's, else the saved one, else that named `preset`, else ImageNet's."""
+    saved = dict(state["config"]) if state else {}
+    for key in ("resume", "overwrite", "out", "device"):        # these are the call's
+        saved.pop(key, None)
+    for key in saved.keys() & given.keys():
+        if saved[key] != given[key]:
+            print(f"resume: {key} was {saved[key]}, is now {given[key]}")
+    presets = script.get("PRESETS", {"imagenet": {}})
+    row = given.get("preset") or saved.get("preset") or (preset if preset in presets else "imagenet")
+    block = {name: script[name] for name, _ in fenced(script)} | presets[row] | {"PRESET": row}
+    return argparse.Namespace(**{name.lower(): value for name, value in block.items()} | saved | given)
 
-    The row of the script's PRESETS is --preset's, else the one named `preset`, else ImageNet's.
-    """
-    block, presets = {name: script[name] for name, _ in fenced(script)}, script.get("PRESETS")
-    if presets:
-        block["PRESET"] = given.get("preset") or (preset if preset in presets else "imagenet")
-        block |= presets[block["PRESET"]]
-    return argparse.Namespace(**{name.lower(): value for name, value in block.items()} | given)
 
-
-# ---- processes ----------------------------------------------------------------------------------
+# ---- processes and signals ---------------------------------------------------------------------------------
 
 def guard(main):
     """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
@@ -379,84 +373,101 @@ def guard(main):
     except KeyboardInterrupt:
         sys.exit("stopped")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory; give --grad-checkpoint, or halve --batch-size and double --accum "
-                 f"({str(error).split('. ')[1]})")
+        sys.exit(f"error: out of GPU memory; give --grad-checkpoint, or halve --batch-size and double "
+                 f"--accum ({str(error).split('. ')[1]})")
     except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename or 'writing failed'}; what was saved before is intact")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        sys.exit(f"error: {error.strerror or error}: {error.filename}; what was saved before is intact")
+    if dist.is_initialized():           # not after an error: it would wait for the others
+        dist.destroy_process_group()
 
 
 def start(cfg):
-    """Choose the device, join torchrun's group, settle unset cfg.bf16 and cfg.compile -> rank, world size, device, autocast."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Choose the device, join torchrun's group, settle unset cfg.bf16 and cfg.compile -> device, autocast."""
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=1))    # the first process may scan or download for long
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and sys.platform == "linux":
-        # keep freed memory: else glibc returns large tensors' to the system, and new pages were up to half of a step's time
+        # keep freed memory: glibc would return it to the system, and new pages took up to half of a step
         libc, M_MMAP_MAX, M_TRIM_THRESHOLD = ctypes.CDLL(None), -4, -1
         libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)
-    if cfg.bf16 is None:                                # where it is faster: CPUs with instructions for it, GPUs since Ampere
+    if cfg.bf16 is None:                # where it is faster: CPUs with instructions for it, GPUs since Ampere
         on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.bf16 = on_cpu if device.type == "cpu" else on_gpu
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
     # a weight is used once a pass: autocast's cache would only keep a second copy of it
-    return RANK, world, device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
 
-def barrier():
+def total(x):
+    """The sum of a tensor over all processes, in its place."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(x)
+    return x
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """The first process does what follows alone, then all others: they find what it made."""
-    if RANK > 0:
-        barrier()
-    yield
-    if RANK == 0:
-        barrier()
+def from_first(value):
+    """Any value of the first process, on all."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-class Signals:
-    """Ctrl-C and SIGTERM ask for a save at the next step; a second one ends the process at once."""
+def gather(x):
+    """Tensors of one shape in the order of the processes -> one, on the CPU of the first process."""
+    if not dist.is_initialized():
+        return x.cpu()
+    parts = [torch.empty_like(x, device="cpu") for _ in range(WORLD)]
+    dist.gather(x.cpu(), parts if RANK == 0 else None)
+    return torch.cat(parts)
 
-    def __init__(self, on=True):
-        self.caught = 0
-        if on:
-            signal.signal(signal.SIGINT, self.catch), signal.signal(signal.SIGTERM, self.catch)
 
-    def catch(self, number, frame):
-        if self.caught:
+CAUGHT = []                             # numbers of the signals that came
+
+
+def catch_signals():
+    """From now on Ctrl-C and SIGTERM are noted for `stop_asked`; a second one ends the process at once."""
+    def catch(number, frame):
+        if CAUGHT:
             raise KeyboardInterrupt
-        self.caught = number
+        CAUGHT.append(number)
 
-    def check(self, step, save):
-        """Save and leave if any process has caught one."""
-        if dist.is_initialized():                       # all must agree before one leaves the loop
-            caught = torch.tensor(self.caught)
-            dist.all_reduce(caught, dist.ReduceOp.MAX)
-            self.caught = int(caught)
-        if self.caught:
-            save(step)
-            self.leave(f"saved at step {step:,}; go on with --resume")
-
-    def leave(self, message):
-        """End with status 0 after SIGTERM, a scheduler's pre-emption, else 1."""
-        print(f"\n{message}")
-        sys.exit(0 if self.caught == signal.SIGTERM else 1)
+    CAUGHT.clear()
+    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
 
 
-# ---- files and checkpoints ----------------------------------------------------------------------
+def stop_asked():
+    """The signal that any process has caught, or 0: all must agree before one leaves its loop."""
+    number = torch.tensor(max(CAUGHT, default=0))
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def leave(number, message):
+    """End a run that a signal stopped: with status 0 after SIGTERM, a scheduler's pre-emption, else 1."""
+    print(f"\n{message}")
+    sys.exit(0 if number == signal.SIGTERM else 1)
+
+
+def say(line, last=False):
+    """Progress: on a terminal one line that changes, in a file a line every ten seconds."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
+    elif last or time.monotonic() > say.next:
+        say.next = time.monotonic() + 10
+        print(line)
+
+
+say.next = 0
+
+
+# ---- files and checkpoints ---------------------------------------------------------------------------------
 
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
@@ -473,40 +484,12 @@ def replace_file(path, write):
         pathlib.Path(partial).unlink(missing_ok=True)
 
 
-def new_array(path, dtype, shape):
-    """Create a .npy file of zeros; its space is taken now, so that a full disk stops here, not in a crash later."""
-    try:
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):              # not on macOS
-            with open(path, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    except OSError as error:
-        pathlib.Path(path).unlink(missing_ok=True)
-        raise SystemExit(f"error: cannot make {path}, {np.dtype(dtype).itemsize * np.prod(shape) / 1e9:.3g} GB: {error.strerror}")
-
-
-def open_array(path):
-    """Map a .npy file, without running code from it; writing to the array does not change the file."""
-    try:
-        return np.load(path, mmap_mode="c")             # "c", because torch warns of read-only arrays
-    except (ValueError, EOFError) as error:
-        raise SystemExit(f"error: {path} is truncated or no array ({error}): remove it, to make it again")
-
-
-def write_rows(path, first, rows):
-    """Overwrite rows of a .npy file, those from `first` on; other processes, on other machines too, may write others."""
-    offset = open_array(path).offset
-    with open(path, "r+b") as f:
-        f.seek(offset + first * rows[0].nbytes)
-        f.write(rows.tobytes())
-
-
 def load_checkpoint(path, made_by):
-    """torch.load to the CPU, without running code from the file; stops if `made_by` did not write it."""
+    """A checkpoint, mapped to the CPU, without running code from it; stops if `made_by` did not write it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise SystemExit(f"error: no checkpoint at {path}: run {made_by} first, or point to another run with --out")
+        raise SystemExit(f"error: no {path}: run {made_by} first, or point to another run with --out")
     except Exception as error:
         raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("made_by") != made_by:
@@ -514,8 +497,19 @@ def load_checkpoint(path, made_by):
     return state
 
 
+def begin(path, given, made_by):
+    """The checkpoint to go on from with --resume, else None; refuses to start over on top of one."""
+    if given.get("resume"):
+        state = load_checkpoint(path, made_by)
+        print(f"resuming {path} at step {state['step']:,}")
+        return state
+    if os.path.exists(path) and not given.get("overwrite"):
+        raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, or "
+                         f"replace it with --overwrite")
+
+
 def folder_of(dataset):
-    return os.path.join("out", os.path.basename(os.path.normpath(dataset)))
+    return os.path.join("out", os.path.basename(os.path.abspath(dataset)))
 
 
 def newest(name, made_by):
@@ -524,53 +518,3 @@ def newest(name, made_by):
     if not found:
         raise SystemExit(f"error: no out/*/{name} here: run {made_by} first, or name a run with --out")
     return str(found[-1])
-
-
-def begin(cfg, given, name, made_by):
-    """Make the run's folder -> the checkpoint to go on from, or None; refuse to start over on top of one.
-
-    With --resume the settings are the checkpoint's, but for the flags given now, which are named.
-    """
-    path = os.path.join(cfg.out, name)
-    os.makedirs(cfg.out, exist_ok=True)
-    if cfg.resume:
-        state = load_checkpoint(path, made_by)
-        for key, old in state["config"].items():
-            if key not in (*given, "overwrite", "out", "device"):       # these are the call's, not the run's
-                setattr(cfg, key, old)
-            elif key != "resume" and given.get(key, old) != old:
-                print(f"resume: {key} was {old}, is now {given[key]}")
-        print(f"resuming {path} at step {state['step']:,}")
-        return state
-    if os.path.exists(path) and not cfg.overwrite:
-        raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, "
-                         f"or replace it with --overwrite")
-
-
-def note(cfg, state, train):
-    """Add the classes, the dataset and the version of the code to the settings; on resume, name what has changed."""
-    scripts = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("data.py", "vae.py", "diffusion.py")]
-    for key, now in (("dataset", str(train)), ("code", hashlib.sha256(b"".join(scripts)).hexdigest()[:8])):
-        if state and state["config"][key] != now:
-            print(f"resume: the {key} was {state['config'][key]}, is now {now}: the run goes on, but not as it would have")
-        setattr(cfg, key, now)
-    cfg.classes = train.classes
-
-
-# -------------------------------------------------------------------------------------------------
-
-def main(argv=None):
-    cfg = settings(globals(), flags(globals(), argv))
-    train, val = load(cfg.data, cfg.data_dir, cfg.size)
-    picture = os.path.join(cfg.out or folder_of(cfg.data), "data.png")
-    os.makedirs(os.path.dirname(picture), exist_ok=True)
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images, {train.size}x{train.size}, "
-          f"{len(train.classes)} classes of {counts.min():,} to {counts.max():,}: "
-          + ", ".join(train.classes[:10]) + (", ..." if len(train.classes) > 10 else ""))
-    save_grid(picture, train.__getitems__(order(len(train), 0, 80, seed=0))[0], columns=10)
-    print(f"80 of them: {picture}")
-
-
-if __name__ == "__main__":
-    guard(main)

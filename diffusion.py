@@ -5,17 +5,18 @@
     python diffusion.py --objective v --model dit --out out/v-dit
     torchrun --nproc-per-node 8 diffusion.py --data imagenet
 
-Encodes every image once (latents.npy, beside vae.pt), then trains. Writes to the run's folder:
-diffusion.pt, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores
-the default takes 3 minutes and ends at a loss of 0.87; 999 of 1,000 samples are of their class.
+Encodes every image once (latents_*.npy), then trains. Writes to the run's folder: diffusion.pt, which carries
+the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores the default
+takes 3 minutes and ends at a loss of 0.87; 999 of 1,000 samples are of their class.
 """
-import functools
+import argparse
+import glob
 import hashlib
-import json
+import io
 import math
 import os
+import shutil
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,79 +25,89 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
-import vae as stage_one
-from vae import (Attention, Bench, Downsample, Log, ResBlock, Upsample, attend, cosine, count_flops, load_vae, norm, peak_flops,
-                 recompute)
+import vae
+from vae import (Attention, Downsample, Log, ResBlock, Upsample, attend, cosine, groups_for, load_vae, named,
+                 norm, recompute)
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # run
 DATA = ""                   # dataset; empty: the VAE's
 DATA_DIR = ""               # where it lies; empty: where the VAE found it
 PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: the VAE's
-SIZE = 0                    # pixels a side; 0: the VAE's
+SIZE = 0                    # from 0; pixels a side, 0: the VAE's
 VAE = ""                    # a vae.pt; empty: the one in --out or out/<data>, else the newest out/*/vae.pt
 OUT = ""                    # the run's folder; empty: the VAE's
-MAX_STEPS = 3400            # updates
-BATCH_SIZE = 16             # latents per micro-step, over all processes
-ACCUM = 1                   # micro-steps per update
-EVAL_EVERY = 1700           # updates between pictures and checkpoints
-LOG_EVERY = 10              # updates between rows of the log
-SEED = 0                    # of the weights, the order of the latents and all noise
+MAX_STEPS = 3400            # from 1; updates
+BATCH_SIZE = 16             # from 1; latents per micro-step, over all processes
+ACCUM = 1                   # from 1; micro-steps per update
+EVAL_EVERY = 1700           # from 1; updates between pictures and checkpoints
+LOG_EVERY = 10              # from 1; updates between rows of the log
+SEED = 0                    # from 0; of the weights, the order of the latents and all noise
 RESUME = False              # go on from the run's checkpoint
-OVERWRITE = False           # start again on top of a run, or of latents that another VAE made
+OVERWRITE = False           # start again on top of a run
 # model
 MODEL = "unet"              # one of unet, dit
-WIDTHS = (128,)             # unet: channels at each resolution
-BLOCKS = 1                  # unet: residual blocks at each resolution
-ATTENTION_AT = 8            # unet: self-attention where the side is at most this
+WIDTHS = (128,)             # from 4; unet: channels at each resolution
+BLOCKS = 1                  # from 1; unet: residual blocks at each resolution
+ATTENTION_AT = 8            # from 0; unet: self-attention where the side is at most this
 DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
 # loss
-OBJECTIVE = "flow"          # one of flow, v, eps; the linear path, the cosine path, the same by a network that gives the noise
+OBJECTIVE = "flow"          # one of flow, v, eps; linear path, cosine path, the same by the noise
 TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
-LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for classifier-free guidance
+LABEL_DROPOUT = 0.1         # from 0 to 1; share of labels replaced by the null class, for guidance
 # optimiser
-LR = 2.2e-3                 # AdamW
-LR_MIN = 1e-5               # where the cosine ends; equal to LR: constant
-LR_WARMUP = 100             # updates of linear warmup
-CLIP = 1.0                  # gradient norm
-EMA = 0.998                 # decay of the averaged weights
+LR = 2.2e-3                 # from 0; AdamW
+LR_MIN = 1e-5               # from 0; where the cosine ends; equal to LR: constant
+LR_WARMUP = 100             # from 0; updates of linear warmup
+CLIP = 1.0                  # from 1e-6; gradient norm
+EMA = 0.998                 # from 0 to 1; decay of the averaged weights
 # pictures
-CFG = 3.0                   # guidance scale, here and sample.py's default
-SAMPLE_STEPS = 25           # sampler steps, here and sample.py's default
-SAMPLES = 80                # images in a picture, of ten classes at most
+CFG = 3.0                   # from 0; guidance scale, here and sample.py's default
+SAMPLE_STEPS = 25           # from 1; sampler steps, here and sample.py's default
+SAMPLES = 80                # from 0; images in a picture, of ten classes at most; 0: no pictures
 # system
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
 COMPILE = None              # torch.compile; unset: on a GPU
-GRAD_CHECKPOINT = False     # save memory: recompute the blocks in the backward pass, average on the CPU
-WORKERS = 8                 # processes that read images or latents which do not fit in memory
-BENCH = False               # time the steps on random latents and stop; writes nothing
-# -------------------------------------------------------------------------------------------------
+GRAD_CHECKPOINT = False     # save memory: recompute the blocks in the backward pass
+EMA_ON_CPU = False          # save memory: average on the CPU, every tenth update
+WORKERS = 8                 # from 1; threads that read images or latents
+BENCH = False               # time twenty updates on random latents and stop; writes nothing
+# ------------------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
-    "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
-                    OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50),
-    "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=256, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384), BLOCKS=2,
-                     DIT="B/2", TIMES="uniform", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50, SAMPLES=20),
+    "cifar10": dict(
+        MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
+        OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50),
+    "imagenet": dict(
+        MAX_STEPS=400_000, BATCH_SIZE=256, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384), BLOCKS=2,
+        DIT="B/2", TIMES="uniform", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50,
+        SAMPLES=20),
 }
-DIT_SIZES = {"XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_SIZES = {                # width, depth, heads
+    "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
-CODED_PIXELS = 2 ** 18      # encoded or decoded at once: 4 images of 256x256, a gigabyte or two
+PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two
 
 
-# ---- the method: path and loss (its other half, guidance and sampling, is in sample.py) ----------
+# ---- the method: path, loss, guidance, sampler -------------------------------------------------------------
 
 def path(objective, t):
     """x_t = a x0 + b e, from data (t=0) to noise (t=1) -> a, b and their derivatives da, db.
 
-    flow: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its
-    angle (Salimans and Ho 2022, app. D). On both, a db - da b = 1, so that with the velocity
-    v = da x0 + db e: x0 = db x - b v and e = a v - da x, without a division.
-    """
+    flow: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its angle
+    (Salimans and Ho 2022, app. D). On both, a db - da b = 1, so that with the velocity v = da x0 + db e:
+    x0 = db x - b v and e = a v - da x, without a division."""
     if objective == "flow":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     angle = t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+
+
+def first_time(objective):
+    """Where the path's noisy end lies. At t=1 the noise says nothing about x0, and eps divides by a. At
+    0.96 a is 0.063, near where Stable Diffusion's schedule ends; from 0.99 errors grow up to 64 times."""
+    return 0.96 if objective == "eps" else 1.0
 
 
 def velocity(model, objective, x, t, y):
@@ -108,24 +119,46 @@ def velocity(model, objective, x, t, y):
     return (da * x + out) / a
 
 
-def diffusion_loss(model, objective, x0, e, t, y, dropped, null):
-    """Mean squared error of the velocity per image [b], at x_t. x0, e [b, c, h, w]; t [b].
-
-    `dropped` [b] says which labels give way to the null class. For eps this is the noise's error over a^2, the "SNR+1"
-    weighting of Salimans and Ho (2022): without it a short run learns little of the shape, which the noisy times decide.
-    """
+def diffusion_loss(model, objective, x0, e, t, y):
+    """Mean squared error of the velocity per image [b], at x_t. x0, e [b, c, h, w]; t, y [b]. For eps this
+    is the noise's error over a^2, the "SNR+1" weighting of Salimans and Ho (2022): without it a short run
+    learns little of the shape, which the noisy times decide."""
     a, b, da, db = path(objective, t.view(-1, 1, 1, 1))
-    v = velocity(model, objective, a * x0 + b * e, t, torch.where(dropped, null, y))
+    v = velocity(model, objective, a * x0 + b * e, t, y)
     return (v - (da * x0 + db * e)).square().mean((1, 2, 3))
 
 
-def first_time(objective):
-    """Where the path's noisy end lies. At t=1 the noise says nothing about x0, and eps divides by a.
+def guided(model, objective, x, t, y, cfg, null):
+    """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""
+    if cfg == 1:
+        return velocity(model, objective, x, t, y)
+    y = torch.cat([y, torch.full_like(y, null)])
+    v_c, v_u = velocity(model, objective, x.repeat(2, 1, 1, 1), t.repeat(2), y).chunk(2)
+    return v_u + cfg * (v_c - v_u)
 
-    At 0.96 a is 0.063, near where Stable Diffusion's schedule ends. From 0.99 the first steps multiply errors by up
-    to 64, and the judge of test_all.py named 74 of 100 samples of one run right, from 0.96 all.
-    """
-    return 0.96 if objective == "eps" else 1.0
+
+@torch.no_grad()
+def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
+    """Integrate from noise x [b, c, h, w] to data -> yields x after every step; the last is the sample.
+    Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
+    circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
+    (Kynkaanniemi et al. 2024). The state stays float32."""
+    times = torch.linspace(first_time(objective), 0, steps + 1, device=x.device)
+
+    def v_at(x, t):
+        scale = cfg if interval[0] <= t <= interval[1] else 1
+        return guided(model, objective, x, t.expand(len(x)), y, scale, null)
+
+    for t, s in zip(times[:-1], times[1:]):
+        (a, b, da, db), (a_s, b_s, da_s, db_s) = path(objective, t), path(objective, s)
+        v = v_at(x, t)
+        if sampler == "heun" and s > 0:
+            x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
+            v_s = v_at(x_s, s)
+            x0, e = db_s * x_s - b_s * v_s, a_s * v_s - da_s * x_s
+            v = (v + da * x0 + db * e) / 2
+        x = a_s * (db * x - b * v) + b_s * (a * v - da * x)
+        yield x
 
 
 def normalise(z, scale):
@@ -137,38 +170,43 @@ def denormalise(z, scale):
     return z / scale
 
 
-# ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] ---------------------------
+# ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] -----------------------------------
 
-class Conditioning(nn.Module):
-    """Time and class -> one vector [b, d]. Class `num_classes` is the null class."""
+class TimestepEmbedder(nn.Module):
+    """Time [b] -> [b, d]: sines and cosines of 1000 t, then two layers."""
 
-    def __init__(self, d, num_classes):
+    def __init__(self, d):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
-        self.classes = nn.Embedding(num_classes + 1, d)
-        self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(128) / 128), persistent=False)
-        for weight in (self.mlp[0].weight, self.mlp[2].weight, self.classes.weight):
-            nn.init.normal_(weight, std=0.02)
+        frequencies = 1000 * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, t, y):
-        angles = t[:, None].float() * self.frequencies              # float32: bf16 cannot tell t=0.996 from 1
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)) + self.classes(y)
+    def forward(self, t):
+        angles = t[:, None].float() * self.frequencies      # float32: bf16 cannot tell t=0.996 from 1
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+def embedders(d, num_classes):
+    """For time and class, to be added up. Class `num_classes` is the null class."""
+    t_embedder, y_embedder = TimestepEmbedder(d), named(embedding_table=nn.Embedding(num_classes + 1, d))
+    for weight in (t_embedder.mlp[0].weight, t_embedder.mlp[2].weight, y_embedder.embedding_table.weight):
+        nn.init.normal_(weight, std=0.02)
+    return t_embedder, y_embedder
 
 
 class CondBlock(ResBlock):
-    """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal and Nichol 2021).
+    """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal, Nichol
+    2021). x [b, c_in, h, w], c [b, d] -> [b, c_out, h, w], with self-attention behind it if asked for."""
 
-    x [b, c_in, h, w], conditioning [b, d] -> [b, c_out, h, w], with self-attention behind it if asked for.
-    """
-
-    def __init__(self, c_in, c_out, d, attention=False):
-        super().__init__(c_in, c_out)
-        self.condition, self.attention = nn.Linear(d, 2 * c_out), Attention(c_out) if attention else nn.Identity()
+    def __init__(self, c_in, c_out, groups, d, attention=False):
+        super().__init__(c_in, c_out, groups)
+        self.condition = nn.Linear(d, 2 * c_out)
+        self.attention = Attention(c_out, groups) if attention else nn.Identity()
 
     def forward(self, x, c):
         scale, shift = self.condition(F.silu(c))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
-        return self.attention(self.shortcut(x) + self.conv2(F.silu(h)))
+        return self.attention(self.conv_shortcut(x) + self.conv2(F.silu(h)))
 
 
 class UNet(nn.Module):
@@ -177,30 +215,31 @@ class UNet(nn.Module):
     def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8):
         super().__init__()
         if side % 2 ** (len(widths) - 1):
-            raise SystemExit(f"error: latents of {side}x{side} cannot be halved {len(widths) - 1} times: give fewer --widths")
-        c, d, skips = widths[0], 4 * widths[0], [widths[0]]
-        self.conditioning, self.first = Conditioning(d, num_classes), nn.Conv2d(channels, c, 3, padding=1)
+            raise SystemExit(f"error: {side} cannot be halved {len(widths) - 1} times: give fewer --widths")
+        c, d, groups, skips = widths[0], 4 * widths[0], groups_for(*widths), [widths[0]]
+        self.t_embedder, self.y_embedder = embedders(d, num_classes)
+        self.first = nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
             if i:
                 self.down.append(Downsample(c))
                 skips.append(c)
             for _ in range(blocks):
-                self.down.append(CondBlock(c, width, d, side >> i <= attention_at))
+                self.down.append(CondBlock(c, width, groups, d, side >> i <= attention_at))
                 c = width
                 skips.append(c)
-        self.middle = nn.ModuleList([CondBlock(c, c, d, True), CondBlock(c, c, d)])
+        self.middle = nn.ModuleList([CondBlock(c, c, groups, d, True), CondBlock(c, c, groups, d)])
         for i, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(CondBlock(c + skips.pop(), width, d, side >> i <= attention_at))
+                self.up.append(CondBlock(c + skips.pop(), width, groups, d, side >> i <= attention_at))
                 c = width
             if i:
                 self.up.append(Upsample(c))
-        self.last = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
+        self.last = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
         nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
 
     def forward(self, x, t, y):
-        c, x = self.conditioning(t, y), self.first(x)
+        c, x = self.t_embedder(t) + self.y_embedder(y), self.first(x)
         skips = [x]
         for layer in self.down:
             x = layer(x) if isinstance(layer, Downsample) else layer(x, c)
@@ -213,11 +252,10 @@ class UNet(nn.Module):
 
 
 def positions(d, side):
-    """Fixed sine-cosine embedding of a square grid -> [side * side, d]: half of d by column, half by row."""
-    frequencies = 10000.0 ** -(torch.arange(d // 4) / (d // 4))
-    angles = torch.arange(side)[:, None] * frequencies
+    """Fixed sines and cosines on a square grid -> [1, side * side, d]: half of d by column, half by row."""
+    angles = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(d // 4) / (d // 4))
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)[None]
 
 
 def modulate(x, shift, scale):
@@ -225,304 +263,311 @@ def modulate(x, shift, scale):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: tokens [b, n, d], conditioning [b, d] -> [b, n, d]."""
+    """Transformer block with adaLN-Zero: tokens x [b, n, d], conditioning c [b, d] -> [b, n, d]."""
 
     def __init__(self, d, heads):
         super().__init__()
-        self.heads = heads
+        self.heads, self.attn = heads, nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
         self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
-        self.modulation = nn.Linear(d, 6 * d)
+        self.mlp = named(fc1=nn.Linear(d, 4 * d), act=nn.GELU(), fc2=nn.Linear(4 * d, d))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def attention(self, x):
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, n, d))
+        qkv = self.attn.qkv(x).unflatten(2, (3, self.heads, -1))                # [b, n, 3, heads, d / heads]
+        return self.attn.proj(attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class DiT(nn.Module):
-    """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748); `name` is a size and a patch: B/2."""
+    """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748); all names are those of
+    facebookresearch/DiT. `size` is one of DIT_SIZES and a patch: B/2."""
 
-    def __init__(self, channels, side, num_classes, name="B/2"):
+    def __init__(self, channels, side, num_classes, size="B/2"):
         super().__init__()
-        size, _, patch = name.partition("/")
-        if size not in DIT_SIZES or not patch.isdigit() or int(patch) == 0 or side % int(patch):
-            raise SystemExit(f"error: --dit {name} does not fit latents of {side}x{side}: expected one of "
+        if size not in [f"{name}/{p}" for name in DIT_SIZES for p in range(1, side + 1) if side % p == 0]:
+            raise SystemExit(f"error: --dit {size} does not fit latents of {side}x{side}: expected one of "
                              f"{', '.join(DIT_SIZES)} / a patch that divides {side}")
-        (d, depth, heads), self.patch = DIT_SIZES[size], int(patch)
-        self.embed = nn.Linear(self.patch ** 2 * channels, d)
-        self.conditioning = Conditioning(d, num_classes)
-        self.register_buffer("positions", positions(d, side // self.patch), persistent=False)
+        (d, depth, heads), p = DIT_SIZES[size.split("/")[0]], int(size.split("/")[1])
+        self.x_embedder = named(proj=nn.Conv2d(channels, d, p, stride=p))
+        self.t_embedder, self.y_embedder = embedders(d, num_classes)
+        self.register_buffer("pos_embed", positions(d, side // p))
         self.blocks = nn.ModuleList(DiTBlock(d, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
-        self.modulation, self.out = nn.Linear(d, 2 * d), nn.Linear(d, self.patch ** 2 * channels)
-        for module in [*self.blocks.modules(), self.embed]:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight), nn.init.zeros_(module.bias)
-        for zero in [block.modulation for block in self.blocks] + [self.modulation, self.out]:
+        self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.final_layer = nn.ModuleDict({
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
+            "linear": nn.Linear(d, p * p * channels)})
+        for module in [*self.blocks.modules(), self.x_embedder.proj]:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1)), nn.init.zeros_(module.bias)
+        for zero in [*(block.adaLN_modulation[1] for block in self.blocks),
+                     self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
     def forward(self, x, t, y):
-        c, patches = self.conditioning(t, y), F.pixel_unshuffle(x, self.patch)        # [b, c * patch^2, h / patch, w / patch]
-        x = self.embed(patches.flatten(2).transpose(1, 2))                                  # [b, n, d], bf16 under autocast
-        x = x + self.positions.to(x.dtype)
+        c, x = self.t_embedder(t) + self.y_embedder(y), self.x_embedder(x)
+        (b, _, h, w), dtype = x.shape, x.dtype                                  # [b, d, h / p, w / p]
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed.to(dtype)             # [b, n, d], bf16 if autocast
         for block in self.blocks:
             x = block(x, c)
-        shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
-        x = self.out(modulate(self.norm(x), shift, scale))                                  # [b, n, c * patch^2]
-        return F.pixel_shuffle(x.transpose(1, 2).view_as(patches), self.patch)
+        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=1)
+        x = self.final_layer.linear(modulate(self.norm_final(x), shift, scale)) # [b, n, p * p * c]
+        p = self.x_embedder.proj.stride[0]
+        return x.view(b, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * p, w * p)
 
 
-def build(cfg):
-    if cfg.model == "dit":
-        return DiT(cfg.z_channels, cfg.side, len(cfg.classes), cfg.dit)
-    return UNet(cfg.z_channels, cfg.side, len(cfg.classes), cfg.widths, cfg.blocks, cfg.attention_at)
+def build(config):
+    if config.model == "dit":
+        return DiT(config.z_channels, config.side, len(config.classes), config.dit)
+    return UNet(config.z_channels, config.side, len(config.classes), config.widths, config.blocks,
+                config.attention_at)
 
 
-# ---- latents ------------------------------------------------------------------------------------
-
-def fingerprint(vae):
-    """16 hex digits that change with any weight."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
+# ---- latents -----------------------------------------------------------------------------------------------
 
 class Latents:
-    """latents.npy, float16 [images, views, 2, c, h, w]: mean and log-variance of each image and its mirror.
+    """A file of means and log-variances, float16 [images, views, 2, c, h, w]; a view is the image or its
+    mirror. Every view is a row of its own in training: latents[rows] is float16 [n, 2, c, h, w] and classes
+    int64 [n]."""
 
-    Every view is a row of its own in training: row r is image r // views. They live on the device if they take less
-    than a third of what is free there, else workers read the mapped file.
-    """
-
-    def __init__(self, file, labels, device):
-        self.file, self.labels, moments = file, labels, data.open_array(file)
-        room = torch.cuda.mem_get_info(device)[0] / 3 if device.type == "cuda" else data.RESIDENT_BYTES
-        self.views, self.resident = moments.shape[1], moments.nbytes < room
-
-    @functools.cached_property
-    def moments(self):                                      # not in __init__: each worker has a map of its own
-        return torch.from_numpy(data.open_array(self.file)).flatten(0, 1)
+    def __init__(self, file, labels):
+        try:
+            moments = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise SystemExit(f"error: {file} is truncated or no array ({error}): remove it, to make it again")
+        self.views, self.labels = moments.shape[1], labels
+        self.moments = moments.reshape(-1, *moments.shape[2:])
 
     def __len__(self):
-        return len(self.labels) * self.views
+        return len(self.moments)
 
-    def to(self, device):
-        self.moments, self.labels = self.moments.to(device, copy=True), self.labels.to(device)
-
-    def __getitems__(self, rows):
-        """Rows int64 [m] -> float16 [m, 2, c, h, w], classes int64 [m]."""
-        return self.moments[rows], self.labels[rows // self.views]
+    def __getitem__(self, rows):
+        return torch.from_numpy(self.moments[rows.numpy()]), self.labels[rows // self.views]
 
 
 @torch.no_grad()
-def encode(vae, x, views, autocast):
-    """Images [m, 3, s, s] -> means and log-variances of them and of their mirror images, float16 [m, views, 2, c, h, w]."""
+def encode(coder, pixels, views, autocast):
+    """uint8 images [n, 3, s, s] -> moments of both their views, float16 [n, views, 2, c, h, w]."""
+    x = data.to_float(pixels)
     with autocast:
-        pairs = [torch.stack(vae.encode(x.flip(3) if view else x), 1) for view in range(views)]
+        pairs = [torch.stack(coder.encode(x.flip(3) if view else x), 1) for view in range(views)]
     return torch.stack(pairs, 1).half()
 
 
-def made(moments, first, count):
-    """Whether the latents of these images are there: a log-variance of 0 all over was never written, or lost in a crash."""
-    return moments[first:first + count, :, 1].any((2, 3, 4)).all()
+def measure(moments, device):
+    """The scale, 1 / std of z = mean + exp(logvar / 2) noise over all moments [n, views, 2, c, h, w]."""
+    sums, rows = torch.zeros(2, dtype=torch.float64), max(1, 2 ** 24 // moments[0].size)
+    for first in range(0, len(moments), rows):
+        data.say(f"measuring {first:,}/{len(moments):,}")
+        mean, logvar = torch.from_numpy(moments[first:first + rows]).to(device).float().unbind(2)
+        sums += torch.stack([mean.sum(), (mean.square() + logvar.exp()).sum()]).cpu().double()
+    mean, second = (sums / (moments.size / 2)).tolist()
+    return 1 / math.sqrt(second - mean ** 2)
 
 
-def precompute(vae, train, file, facts, cfg, signals, rank, world, device, autocast):
-    """Encode every image and its mirror into one array; goes on where it stopped -> the scale, 1 / std.
-
-    A block, as many images as CODED_PIXELS allows, is one batch whichever process makes it: the latents do not depend
-    on the processes. Stops if the latents that lie there are another VAE's or dataset's.
-    """
-    facts_file, count = file.replace(".npy", ".json"), max(1, CODED_PIXELS // train.size ** 2)
-    if rank == 0:
-        found = json.load(open(facts_file)) if os.path.exists(facts_file) and os.path.exists(file) else {}
-        wrong = ", ".join(f"{key} {found.get(key)} instead of {facts[key]}" for key in facts if found.get(key) != facts[key])
-        if found and wrong and not cfg.overwrite:
-            raise SystemExit(f"error: {file} holds other latents ({wrong}): remake them with --overwrite, or move them away")
-        if wrong:
-            for name in (facts_file, file):
-                if os.path.exists(name):
-                    os.remove(name)
-            side = train.size // vae.factor
-            data.new_array(file, np.float16, (len(train), 1 + train.flip, 2, vae.z_channels, side, side))
-            data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
-    data.barrier()
-    found, moments = json.load(open(facts_file)), data.open_array(file)
-    if "scale" in found:
-        return found["scale"]
-    todo = [first for first in range(rank * count, len(train), world * count) if not made(moments, first, count)]
-    rows = (torch.arange(first, min(first + count, len(train))) for first in todo)
-    clock = time.perf_counter()
-    for k, (first, (pixels, _)) in enumerate(zip(todo, data.feed(train, rows, device, cfg.workers)), start=1):
-        data.write_rows(file, first, encode(vae, data.to_float(pixels), 1 + train.flip, autocast).cpu().numpy())
-        train.check()
-        if k % 10 == 0 or k == len(todo):
-            rate = k * count * world / (time.perf_counter() - clock)
-            print(f"\rencoding {min(first + count, len(train)):,}/{len(train):,}  {rate:.0f} images/s", end="")
-        if signals.caught:
-            signals.leave("the latents made so far are kept; run again to go on")
-    print()
-    data.barrier()
-    if rank == 0:
-        moments, total = data.open_array(file), 0               # anew: other machines wrote into it
-        for first in range(0, len(train), count):
-            if not made(moments, first, count):
-                raise SystemExit(f"error: {file} misses latents of images from {first:,} on: run again to make them")
-            mean, logvar = torch.from_numpy(moments[first:first + count]).to(device).float().unbind(2)
-            total += torch.stack([mean.sum(), (mean.square() + logvar.exp()).sum()]).cpu().double()
-        mean, second = (total / (moments.size / 2)).tolist()
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())                                # on disk before the scale says that they are complete
-        facts = {**facts, "mean": mean, "scale": 1 / math.sqrt(second - mean ** 2)}
-        data.replace_file(facts_file, lambda f: f.write(json.dumps(facts).encode()))
-    data.barrier()
-    return json.load(open(facts_file))["scale"]
+def write_latents(coder, train, name, device, autocast, workers):
+    """Encode every image and its mirror into one file -> its name: `name` and the scale. A block is one
+    batch whichever process makes it. The first process appends them in order to a partial file, so that an
+    interrupted run goes on at its end."""
+    partial, block, side = f"{name}.npy.part", max(1, PIXELS // train.size ** 2), train.size // coder.factor
+    shape, header = (len(train), 1 + train.flip, 2, coder.z_channels, side, side), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    head, row, done = len(header.getvalue()), 2 * math.prod(shape[1:]), 0
+    file = open(partial, "ab") if data.RANK == 0 else None
+    if file:
+        if len(train) * row > shutil.disk_usage(os.path.dirname(name)).free:
+            raise SystemExit(f"error: {name} takes {len(train) * row / 1e9:.3g} GB, more than is free there")
+        done = max(0, file.tell() - head) // (row * block) * block      # whole blocks
+        file.truncate(done and head + row * done)
+        file.write(b"" if done else header.getvalue())
+    firsts, began = range(data.from_first(done), len(train), block * data.WORLD), time.perf_counter()
+    plan = (torch.arange(block).add(first + data.RANK * block).clamp(max=len(train) - 1) for first in firsts)
+    for first, (pixels, _) in zip(firsts, data.feed(train, plan, device, workers)):
+        moments = data.gather(encode(coder, pixels, 1 + train.flip, autocast))[:len(train) - first]
+        if file:
+            try:
+                file.write(moments.numpy().tobytes()), file.flush()
+            except OSError as error:
+                raise SystemExit(f"error: cannot write {partial}: {error.strerror}; what it has is kept")
+            done = first + len(moments)
+            rate = (done - firsts[0]) / (time.perf_counter() - began)
+            data.say(f"encoding {done:,}/{len(train):,}  {rate:.0f} images/s", done == len(train))
+        if stop := data.stop_asked():
+            data.leave(stop, "the latents made so far are kept; run again to go on")
+    if file:
+        os.fsync(file.fileno()), file.close()
+        moments = np.load(partial, mmap_mode="c")       # writable, as torch wants it, but not to the file
+        name = f"{name}_{measure(moments, device):.8g}.npy"
+        os.replace(partial, name)
+    return data.from_first(name)
 
 
-# ---- training -----------------------------------------------------------------------------------
+def precompute(coder, train, folder, device, autocast, workers):
+    """The file of latents in `folder`, made if it is not there -> its name and the scale, with which that
+    ends. The name begins with a hash of VAE, dataset and size: other latents are never found."""
+    digest = hashlib.sha256(f"{train.identity()} {train.size}".encode())
+    for key, tensor in coder.state_dict().items():
+        digest.update(key.encode() + tensor.cpu().numpy().tobytes())
+    name = f"{folder}/latents_{digest.hexdigest()[:12]}"
+    found = glob.glob(glob.escape(name) + "_*.npy")
+    name, found = data.from_first((name, found))                        # as the first process sees them
+    file = found[0] if found else write_latents(coder, train, name, device, autocast, workers)
+    older = [other for other in glob.glob(f"{glob.escape(folder)}/latents_*") if other != file]
+    if older:
+        print(f"latents of other VAEs or datasets, to be deleted if no run needs them: {', '.join(older)}")
+    return file, float(file[len(name) + 1:-len(".npy")])
+
+
+# ---- training ----------------------------------------------------------------------------------------------
 
 def draw(cfg, step, batch, device):
     """All noise of an update, by row of its batch: the same for any number of processes and micro-steps.
-
-    -> noise of the latents and of the path [batch, c, h, w], times [batch], dropped labels [batch]
-    """
+    -> noise of the latents and of the path [batch, c, h, w], times [batch], dropped labels [batch]"""
     source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
     z_noise, e = torch.randn(2, batch, cfg.z_channels, cfg.side, cfg.side, device=device, generator=source)
     offset, dropout = torch.rand(2, batch, device=device, generator=source)
-    t = (offset[0] + torch.arange(batch, device=device) / batch) % 1        # evenly spread (Kingma et al. 2021)
-    if cfg.times == "logit-normal":                                         # Esser et al. 2024
-        t = torch.special.ndtri(t.clamp(1e-6, 1 - 1e-6)).sigmoid()
+    t = (offset[0] + torch.arange(batch, device=device) / batch) % 1    # evenly spread (Kingma et al. 2021)
+    if cfg.times == "logit-normal":                                     # Esser et al. 2024
+        t = (math.sqrt(2) * torch.erfinv((2 * t - 1).clamp(-0.999998, 0.999998))).sigmoid()
     return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """ema = d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): the start is forgotten soon."""
+def update_ema(ema, model, decay, step, every=1):
+    """ema = d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)) ** every: the start fades."""
     averages = list(ema.parameters())
-    weights = [p.to(averages[0].device) for p in model.parameters()]
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
+    weights = [p.detach().to(averages[0].device) for p in model.parameters()]
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)) ** every)
 
 
-def flops_per_image(cfg):
+def flops_per_latent(cfg):
     """Of the forward and backward pass, without what --grad-checkpoint computes again."""
     def step():
         x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
-        diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long(), t.bool(), 0).mean().backward()
-    return count_flops(step)
+        diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long()).mean().backward()
+    return vae.count_flops(step)
 
 
-def find_vae(given, out):
-    """The vae.pt that these flags mean: --vae, what a resumed run names, the one in the run's folder, or the newest."""
-    if "vae" in given:
-        return given["vae"]
+def start_noise(rows, shape, seed):
+    """Noise [n, *shape] on the CPU for images `rows`; image i has its own generator, seeded by (seed, i)."""
+    generators = [torch.Generator().manual_seed(seed * 10_000_019 + i) for i in rows]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def decode(coder, z, scale):
+    """Scaled latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
+    few = max(1, PIXELS // (coder.factor * z.shape[-1]) ** 2)
+    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale))) for part in z.split(few)])
+
+
+def load(path, device="cpu"):
+    """A trained denoiser with its averaged weights, and its VAE -> denoiser, VAE, checkpoint."""
+    state = data.load_checkpoint(path, "diffusion.py")
+    model = build(argparse.Namespace(**state["config"]))
+    model.load_state_dict(state["ema"])
+    return model.to(device).eval().requires_grad_(False), load_vae(state, device), state
+
+
+def find(given):
+    """What the flags mean -> the run's folder, its checkpoint with --resume, else None, and the VAE's."""
+    home = data.folder_of(given["data"]) if "data" in given else ""
+    out = given.get("out", home)
     if given.get("resume"):
-        return os.path.join(out, data.load_checkpoint(os.path.join(out, "diffusion.pt"), "diffusion.py")["vae"])
-    if out and os.path.exists(os.path.join(out, "vae.pt")):
-        return os.path.join(out, "vae.pt")
-    return os.path.join(data.folder_of(given["data"]), "vae.pt") if "data" in given else data.newest("vae.pt", "vae.py")
+        path = f"{out}/diffusion.pt" if out else data.newest("diffusion.pt", "diffusion.py")
+        state = data.begin(path, given, "diffusion.py")
+        return os.path.dirname(path), state, state
+    path = given.get("vae") or f"{out}/vae.pt"
+    if "vae" not in given and not os.path.exists(path):
+        path = f"{home}/vae.pt" if home else data.newest("vae.pt", "vae.py")
+    found = data.load_checkpoint(path, "vae.py")
+    print(f"taking the VAE of {path}, {found['step']:,} updates on {found['config']['data']}")
+    out = out or os.path.dirname(path)
+    return out, data.begin(f"{out}/diffusion.pt", given, "diffusion.py"), found
 
 
 def main(argv=None):
-    given = data.flags(globals(), argv)
-    out = given.get("out") or ("data" in given and data.folder_of(given["data"]))
-    if given.get("resume") and not out:
-        out = os.path.dirname(data.newest("diffusion.pt", "diffusion.py"))
+    given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
+
+    # the VAE, its own settings and the run's
     if given.get("bench"):
-        preset = given.get("preset") or given.get("data", "shapes")
-        vae_config, vae_file = data.settings(vars(stage_one), {}, preset), ""
-        vae = stage_one.build(vae_config)
+        out, state, coder_cfg = "", None, data.settings(vars(vae), {}, given.get("preset", "shapes"))
+        coder = vae.build(coder_cfg)
     else:
-        vae_file = find_vae(given, out)
-        vae, vae_state = load_vae(vae_file)
-        vae_config = SimpleNamespace(**vae_state["config"])
-        print(f"taking the VAE of {vae_file}, {vae_state['step']:,} updates on {vae_config.data}")
-    cfg = data.settings(globals(), given, vae_config.preset)
-    cfg.out, cfg.data = out or os.path.dirname(vae_file), cfg.data or vae_config.data
-    cfg.data_dir, cfg.size = cfg.data_dir or vae_config.data_dir, cfg.size or vae_config.size
-    state = None if cfg.bench else data.begin(cfg, given, "diffusion.pt", "diffusion.py")
-    rank, world, device, autocast = data.start(cfg)
-    signals, bench = data.Signals(not cfg.bench), Bench(cfg.bench, device)
+        out, state, found = find(given)
+        coder, coder_cfg = load_vae(found), argparse.Namespace(**found.get("vae_config", found["config"]))
+    cfg = data.settings(globals(), given, coder_cfg.preset, state)
+    for key in ("data", "data_dir", "size"):
+        setattr(cfg, key, getattr(cfg, key) or getattr(coder_cfg, key))
+    device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
-    batch = micro * steps * world
-    cfg.z_channels, cfg.side = vae.z_channels, cfg.size // vae.factor
+    coder, batch = coder.to(device), micro * steps * world
+    cfg.out, cfg.z_channels, cfg.side = out, coder.z_channels, cfg.size // coder.factor
 
     # latents
-    vae = vae.to(device)
-    latents_file = os.path.join(os.path.dirname(vae_file), "latents.npy")
     if cfg.bench:
         moments = torch.randn(256, 2, cfg.z_channels, cfg.side, cfg.side, dtype=torch.float16)
-        latents, scale = data.Images(range(1000), torch.arange(256), cfg.side, moments), 1.0
-        cfg.classes, cfg.max_steps = latents.classes, given.get("max_steps", 20)
+        latents, scale = data.Images(range(1000), range(256), cfg.side, moments), 1.0
+        cfg.classes, cfg.max_steps, cfg.log_every = latents.classes, 20, 1
     else:
-        train, _ = data.load(cfg.data, cfg.data_dir, cfg.size, os.path.dirname(vae_file))
-        data.note(cfg, state, train)
-        facts = {"vae": fingerprint(vae), "data": str(train), "size": cfg.size}
-        scale = precompute(vae, train, latents_file, facts, cfg, signals, rank, world, device, autocast)
-        latents = Latents(latents_file, train.labels.cpu(), device)
-        del train                                           # its pixels may lie on the device
+        data.catch_signals()
+        folder, known = data.folder_of(cfg.data), coder_cfg if cfg.data == coder_cfg.data else cfg
+        for made in (out, folder):
+            os.makedirs(made, exist_ok=True)
+        train, _ = data.load(cfg.data, cfg.data_dir, cfg.size, getattr(known, "classes", ()))
+        file, scale = precompute(coder, train, folder, device, autocast, cfg.workers)
+        latents, cfg.classes = Latents(file, train.labels), train.classes
     null = len(cfg.classes)
 
+    # denoiser
     torch.manual_seed(cfg.seed)
-    model = build(cfg).to(device)
-    if cfg.grad_checkpoint:
-        recompute(model, ResBlock, DiTBlock)
-    ema_device = "cpu" if cfg.grad_checkpoint else device
-    ema = build(cfg).to(ema_device).requires_grad_(False)
+    model, home = build(cfg).to(device), "cpu" if cfg.ema_on_cpu else device
+    ema = build(cfg).to(home).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
-    if state:
-        if state["vae_fingerprint"] != facts["vae"]:
-            raise SystemExit(f"error: {cfg.out}/diffusion.pt was trained on another VAE than {vae_file}: put the old vae.pt "
-                             f"back, or start again with --overwrite")
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+    trained = {"model": model, "ema": ema, "opt": opt}
+    for name in trained if state else ():
+        trained[name].load_state_dict(state[name])
     start = state["step"] if state else 0
-    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters, {cfg.objective}, on {len(latents):,} latents {[vae.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; "
-          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
-
+    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.objective}, on {len(latents):,} "
+          f"latents {[cfg.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; {cfg.max_steps:,} updates "
+          f"of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
+    if cfg.grad_checkpoint:
+        recompute(model, ResBlock, DiTBlock)
     if cfg.compile:
-        model.compile(dynamic=False)                        # in place: the names of the weights stay
-    run = DDP(model) if world > 1 else model
+        model.compile(dynamic=False)                            # in place: the names of the weights stay
+    run = DDP(model, broadcast_buffers=False) if world > 1 else model
 
     def picture(step):
-        from sample import decode, sample, start_noise      # here, because that file imports this one
         shown = min(null, 10)
-        labels = torch.arange(cfg.samples) % shown * (null // shown)
-        noise = start_noise(len(labels), (cfg.z_channels, cfg.side, cfg.side), cfg.seed)
-        ema.to(device)                                      # into the memory of the gradients, of which there are none now
+        y = torch.arange(cfg.samples, device=device) % shown * (null // shown)
+        x = start_noise(range(len(y)), (cfg.z_channels, cfg.side, cfg.side), cfg.seed).to(device)
+        ema.to(device)                                          # into the memory of the gradients, none now
         with autocast:
-            *_, z = sample(ema, cfg.objective, noise.to(device), labels.to(device), null, cfg.sample_steps, cfg.cfg)
-        ema.to(ema_device)
-        data.save_grid(os.path.join(cfg.out, f"samples_{step:06d}.png"), decode(vae, z, scale), shown)
+            *_, z = sample(ema, cfg.objective, x, y, null, cfg.sample_steps, cfg.cfg)
+        ema.to(home)
+        drawn = data.grid(decode(coder, z, scale), shown)
+        data.replace_file(f"{out}/samples_{step:06d}.png", lambda f: drawn.save(f, "png"))
 
     def save(step):
         if rank == 0:
-            data.replace_file(os.path.join(cfg.out, "diffusion.pt"), lambda f: torch.save(
-                {"made_by": "diffusion.py", "config": vars(cfg), "step": step,
-                 "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "scale": scale,
-                 "vae": os.path.relpath(vae_file, cfg.out), "vae_fingerprint": facts["vae"]}, f))
+            data.replace_file(f"{out}/diffusion.pt", lambda f: torch.save(
+                {"made_by": "diffusion.py", "config": vars(cfg), "step": step, "scale": scale,
+                 "vae": coder.state_dict(), "vae_config": vars(coder_cfg),
+                 **{name: part.state_dict() for name, part in trained.items()}}, f))
 
-    flops, peak = flops_per_image(cfg), peak_flops(device, cfg.bf16) * world
-    log = Log("" if cfg.bench else os.path.join(cfg.out, "diffusion.csv"), start, cfg.max_steps, flops, peak)
+    log = Log("" if cfg.bench else f"{out}/diffusion.csv", start, cfg.max_steps)
+    skipped, streak = torch.zeros(2, device=device)
     plan = data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(latents, plan, device, cfg.workers)
     for step in range(start, cfg.max_steps):
-        signals.check(step, save)
-
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
         opt.param_groups[0]["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
 
         # micro-steps
-        bench.part("log")
         z_noise, e, t, dropped = draw(cfg, step, batch, device)
         losses = torch.zeros(batch, device=device)
         for k in range(steps):
@@ -530,39 +575,45 @@ def main(argv=None):
             moments, y = next(batches)
             mean, logvar = moments.float().unbind(1)
             x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale)
-            bench.part("data")
-            run.require_backward_grad_sync = k == steps - 1             # DDP averages at the last micro-step only
+            y = torch.where(dropped[rows], null, y)
+            run.require_backward_grad_sync = k == steps - 1     # DDP averages at the last micro-step only
             with autocast:
-                loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y, dropped[rows], null)
+                loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y)
             (loss.mean() / steps).backward()
             losses[rows] = loss.detach()
-            bench.part("denoiser")
 
-        # clip, step
+        # clip, step; an update that is not finite, or a spike, is skipped: by all processes, without waiting
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        log.skip_unsound([grad_norm], opt)
-        opt.step()
-        opt.zero_grad()
-        bench.part("optimiser")
-        update_ema(ema, model, cfg.ema, step)
-        bench.part("EMA", last=True)
+        opt.found_inf = unsound = (~(grad_norm < vae.SPIKE)).float()    # what a fused AdamW looks at
+        opt.step(), opt.zero_grad()
+        skipped, streak = skipped + unsound, (streak + 1) * unsound
+        every = 10 if cfg.ema_on_cpu else 1
+        if rank == 0 and (step + 1) % every == 0:
+            update_ema(ema, model, cfg.ema, step, every)
 
-        # picture, checkpoint
-        step, last = step + 1, step + 1 == cfg.max_steps        # updates done
-        if not cfg.bench and (step % cfg.eval_every == 0 or last):
-            if rank == 0:
+        # checkpoint, picture
+        step, stop = step + 1, data.stop_asked()                        # updates done
+        due = not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps)
+        with log.pause():
+            if due or stop:
+                save(step)
+            if due and rank == 0 and cfg.samples:
                 picture(step)
-            save(step)
 
         # log
-        if not cfg.bench and (step % cfg.log_every == 0 or last):
-            mine = losses != 0
-            quarters = {f"loss_t{q + 1}/4": losses[mine & (t * 4).long().eq(q)].mean().item() for q in range(4)}
-            log.row(step, batch, ("loss", "norm"), loss=losses[mine].mean().item(), **quarters, norm=grad_norm.item(),
-                    lr=opt.param_groups[0]["lr"])
+        if step % cfg.log_every == 0 or step == cfg.max_steps:
+            losses = data.total(losses)
+            quarters = {f"loss_t{q + 1}/4": losses[(t * 4).long() == q].mean().item() for q in range(4)}
+            log.row(step, batch, ("loss", "norm"), loss=losses.mean().item(), **quarters,
+                    norm=grad_norm.item(), lr=opt.param_groups[0]["lr"], skipped=skipped.item(),
+                    streak=streak.item())
+            skipped = torch.zeros_like(skipped)
+        if stop:
+            data.leave(stop, f"saved at step {step:,}; go on with --resume")
     if cfg.bench:
-        return bench.report("update", batch, flops * batch, peak)
-    print(f"{cfg.out}/diffusion.pt and samples_{cfg.max_steps:06d}.png")
+        return vae.report(log.seconds, batch, flops_per_latent(cfg), device, cfg.bf16)
+    size = os.path.getsize(f"{out}/diffusion.pt") / 1e6
+    print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE, and samples_{cfg.max_steps:06d}.png")
 
 
 if __name__ == "__main__":
