@@ -14,8 +14,10 @@ import itertools
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 
 import numpy as np
@@ -336,8 +338,9 @@ def flags(script, argv):
         kind = {"type": allowed(type(default), comment)}
         if default is None or isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, tuple):
-            kind = {"type": allowed(type(default[0]) if default else str, comment), "nargs": "+"}
+        elif isinstance(default, tuple):                # of any length, or a pair of bounds
+            first = default[0] if default else ""
+            kind = {"type": allowed(type(first), comment), "nargs": 2 if isinstance(first, float) else "+"}
         elif choices:
             kind = {"choices": choices[1].split(", ")}
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
@@ -370,6 +373,9 @@ def guard(main):
         sys.stdout = open(os.devnull, "w")
     try:
         main()
+    except SystemExit:
+        time.sleep(3 if RANK else 0)    # what stops all is said by the first, and torchrun ends the others
+        raise
     except KeyboardInterrupt:
         sys.exit("stopped")
     except torch.OutOfMemoryError as error:
@@ -383,13 +389,18 @@ def guard(main):
 
 def start(cfg):
     """Choose the device, join torchrun's group, settle unset cfg.bf16 and cfg.compile -> device, autocast."""
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"error: --device {cfg.device} is not there: {str(error).splitlines()[0]}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True               # shapes stay: it tries once what is fastest
     if device.type == "cpu" and sys.platform == "linux":
         # keep freed memory: glibc would return it to the system, and new pages took up to half of a step
         libc, M_MMAP_MAX, M_TRIM_THRESHOLD = ctypes.CDLL(None), -4, -1
@@ -399,6 +410,10 @@ def start(cfg):
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.bf16 = on_cpu if device.type == "cpu" else on_gpu
     cfg.compile = device.type == "cuda" if cfg.compile is None else cfg.compile
+    headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    if cfg.compile and not (headers and any(map(shutil.which, ("cc", "gcc", "clang")))):
+        print("going on without torch.compile: it needs a C compiler and Python's headers (gcc, python3-dev)")
+        cfg.compile = False
     # a weight is used once a pass: autocast's cache would only keep a second copy of it
     return device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
@@ -492,7 +507,7 @@ def load_checkpoint(path, made_by):
         raise SystemExit(f"error: no {path}: run {made_by} first, or point to another run with --out")
     except Exception as error:
         raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("made_by") != made_by:
+    if not isinstance(state, dict) or state.get("made_by") != made_by or "config" not in state:
         raise SystemExit(f"error: {path} is not a checkpoint of {made_by}")
     return state
 
@@ -501,11 +516,23 @@ def begin(path, given, made_by):
     """The checkpoint to go on from with --resume, else None; refuses to start over on top of one."""
     if given.get("resume"):
         state = load_checkpoint(path, made_by)
+        if given.get("max_steps", state["step"]) < state["step"]:
+            raise SystemExit(f"error: {path} is at step {state['step']:,} already: give a larger --max-steps")
         print(f"resuming {path} at step {state['step']:,}")
         return state
     if os.path.exists(path) and not given.get("overwrite"):
         raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, or "
                          f"replace it with --overwrite")
+
+
+def restore(parts, state):
+    """Load the state of every part; stops in one line where it does not fit the settings."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise SystemExit(f"error: {name} of the checkpoint does not fit these settings: {reason:.200}")
 
 
 def folder_of(dataset):

@@ -68,7 +68,7 @@ SAMPLES = 80                # from 0; images in a picture, of ten classes at mos
 # system
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
-COMPILE = None              # torch.compile; unset: on a GPU
+COMPILE = False             # torch.compile; unset, as in the other presets: on a GPU
 GRAD_CHECKPOINT = False     # save memory: recompute the blocks in the backward pass
 EMA_ON_CPU = False          # save memory: average on the CPU, every tenth update
 WORKERS = 8                 # from 1; threads that read images or latents
@@ -78,16 +78,17 @@ PRESETS = {
     "shapes": {},
     "cifar10": dict(
         MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
-        OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50),
+        OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50,
+        COMPILE=None),
     "imagenet": dict(
-        MAX_STEPS=400_000, BATCH_SIZE=256, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384), BLOCKS=2,
-        DIT="B/2", TIMES="uniform", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50,
-        SAMPLES=20),
+        MAX_STEPS=400_000, BATCH_SIZE=32, ACCUM=8, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384),
+        BLOCKS=2, DIT="B/2", TIMES="uniform", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0,
+        SAMPLE_STEPS=50, SAMPLES=20, COMPILE=None),
 }
 DIT_SIZES = {                # width, depth, heads
     "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
-PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two
+PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two; on a GPU 32
 
 
 # ---- the method: path, loss, guidance, sampler -------------------------------------------------------------
@@ -357,6 +358,11 @@ def encode(coder, pixels, views, autocast):
     return torch.stack(pairs, 1).half()
 
 
+def at_once(device, size):
+    """How many images of that size to encode or decode at once."""
+    return max(1, PIXELS * (8 if device.type == "cuda" else 1) // size ** 2)
+
+
 def measure(moments, device):
     """The scale, 1 / std of z = mean + exp(logvar / 2) noise over all moments [n, views, 2, c, h, w]."""
     sums, rows = torch.zeros(2, dtype=torch.float64), max(1, 2 ** 24 // moments[0].size)
@@ -372,7 +378,7 @@ def write_latents(coder, train, name, device, autocast, workers):
     """Encode every image and its mirror into one file -> its name: `name` and the scale. A block is one
     batch whichever process makes it. The first process appends them in order to a partial file, so that an
     interrupted run goes on at its end."""
-    partial, block, side = f"{name}.npy.part", max(1, PIXELS // train.size ** 2), train.size // coder.factor
+    partial, block, side = f"{name}.npy.part", at_once(device, train.size), train.size // coder.factor
     shape, header = (len(train), 1 + train.flip, 2, coder.z_channels, side, side), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
     head, row, done = len(header.getvalue()), 2 * math.prod(shape[1:]), 0
@@ -458,8 +464,8 @@ def start_noise(rows, shape, seed):
 
 def decode(coder, z, scale):
     """Scaled latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
-    few = max(1, PIXELS // (coder.factor * z.shape[-1]) ** 2)
-    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale))) for part in z.split(few)])
+    parts = z.split(at_once(z.device, coder.factor * z.shape[-1]))
+    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale))) for part in parts])
 
 
 def load(path, device="cpu"):
@@ -516,6 +522,8 @@ def main(argv=None):
         for made in (out, folder):
             os.makedirs(made, exist_ok=True)
         train, _ = data.load(cfg.data, cfg.data_dir, cfg.size, getattr(known, "classes", ()))
+        if cfg.compile and device.type == "cuda":
+            coder.encode = torch.compile(coder.encode, dynamic=False)   # chooses channels-last by itself
         file, scale = precompute(coder, train, folder, device, autocast, cfg.workers)
         latents, cfg.classes = Latents(file, train.labels), train.classes
     null = len(cfg.classes)
@@ -527,8 +535,8 @@ def main(argv=None):
     ema.load_state_dict(model.state_dict())
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     trained = {"model": model, "ema": ema, "opt": opt}
-    for name in trained if state else ():
-        trained[name].load_state_dict(state[name])
+    if state:
+        data.restore(trained, state)
     start = state["step"] if state else 0
     print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.objective}, on {len(latents):,} "
@@ -584,8 +592,12 @@ def main(argv=None):
 
         # clip, step; an update that is not finite, or a spike, is skipped: by all processes, without waiting
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        opt.found_inf = unsound = (~(grad_norm < vae.SPIKE)).float()    # what a fused AdamW looks at
-        opt.step(), opt.zero_grad()
+        unsound = (~(grad_norm < vae.SPIKE)).float()                    # a NaN is not below
+        if device.type != "mps":
+            opt.found_inf = unsound                                     # what a fused AdamW looks at
+        if device.type != "mps" or not unsound:
+            opt.step()
+        opt.zero_grad()
         skipped, streak = skipped + unsound, (streak + 1) * unsound
         every = 10 if cfg.ema_on_cpu else 1
         if rank == 0 and (step + 1) % every == 0:

@@ -68,6 +68,9 @@ def main(argv=None):
     run = argparse.Namespace(**state["config"])
     print(f"taking {file}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
 
+    if cfg.interval[0] > cfg.interval[1]:
+        raise SystemExit("error: --interval takes the lower bound first")
+
     # what to draw
     words, null, as_grid = getattr(cfg, "class"), len(run.classes), not (cfg.png or cfg.npz)
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps

@@ -68,7 +68,7 @@ CLIP = 1.0                  # from 1e-6; gradient norm of either player
 # system
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast; unset: where it is faster
-COMPILE = None              # torch.compile; unset: on a GPU
+COMPILE = False             # torch.compile; unset, as in the other presets: on a GPU
 GRAD_CHECKPOINT = False     # recompute residual blocks in the backward pass: a fifth of the memory, slower
 WORKERS = 8                 # from 1; threads that read images
 BENCH = False               # time twenty updates on random images and stop; writes nothing
@@ -78,10 +78,11 @@ PRESETS = {
     "cifar10": dict(
         SIZE=64, MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256), BLOCKS=2,
         Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=2e-2, LR=8e-4, DISC_LR=2.4e-3,
-        DISC_LR_MIN=1e-6),
+        DISC_LR_MIN=1e-6, COMPILE=None),
     "imagenet": dict(
         SIZE=256, MAX_STEPS=130_110, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512), BLOCKS=2,
-        Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=1e-2, LR=1e-4, DISC_LR=3e-4),
+        Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=1e-2, LR=1e-4, DISC_LR=3e-4,
+        COMPILE=None),
 }
 BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
 SPIKE = 1000.0              # an update whose gradient norm is above this is skipped
@@ -99,8 +100,8 @@ def norm(channels, groups):
 
 
 def groups_for(*widths):
-    """One number of norm groups for a whole model: 32, fewer where one would have less than 4 channels."""
-    return math.gcd(*widths, min(32, min(widths) // 4 or 1))
+    """One number of norm groups for a whole model: 32, fewer where one would have less than 2 channels."""
+    return math.gcd(*widths, min(32, min(widths) // 2))
 
 
 class ResBlock(nn.Module):
@@ -263,7 +264,7 @@ class Discriminator(nn.Module):
         depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)
         self.layers, c_in = nn.ModuleList(), 3
         for c in [width * 2 ** i for i in range(depth)]:
-            normed = norm(c, groups_for(c)) if self.layers else nn.Identity()
+            normed = norm(c, math.gcd(c, min(32, c // 4))) if self.layers else nn.Identity()
             conv, c_in = nn.Conv2d(c_in, c, 4, stride=2, padding=1), c
             self.layers.append(nn.Sequential(conv, normed, nn.LeakyReLU(0.2)))
         self.logits = nn.Conv2d(c, 1, 3, padding=1)
@@ -502,8 +503,8 @@ def main(argv=None):
     vae_opt = torch.optim.AdamW(vae.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     disc_opt = torch.optim.AdamW(disc.parameters(), cfg.disc_lr, BETAS, weight_decay=0.0, fused=True)
     trained = {"vae": vae, "disc": disc, "vae_opt": vae_opt, "disc_opt": disc_opt}
-    for name in trained if state else ():
-        trained[name].load_state_dict(state[name])
+    if state:
+        data.restore(trained, state)
     start, side = state["step"] if state else 0, cfg.size // factor
     z_shape = (batch, cfg.z_channels, side, side)
     print(f"VAE of {sum(p.numel() for p in vae.parameters()):,} and discriminator of "
@@ -561,8 +562,11 @@ def main(argv=None):
         norms = torch.stack([nn.utils.clip_grad_norm_(net.parameters(), cfg.clip) for net in (vae, disc)])
         unsound = (~(norms < SPIKE).all()).float()                      # a NaN is not below
         for opt in (vae_opt, disc_opt):
-            opt.found_inf = unsound                                     # what a fused AdamW looks at
-            opt.step(), opt.zero_grad()
+            if device.type != "mps":
+                opt.found_inf = unsound                                 # what a fused AdamW looks at
+            if device.type != "mps" or not unsound:
+                opt.step()
+            opt.zero_grad()
         skipped, streak = skipped + unsound, (streak + 1) * unsound
 
         # checkpoint, validation, picture
