@@ -19,6 +19,7 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -398,6 +399,7 @@ def start(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if WORLD > 1:
+        warnings.filterwarnings("ignore", ".broadcast_buffers")     # DDP's: torch 2.6 has nothing else
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True               # shapes stay: it tries once what is fastest
@@ -518,6 +520,8 @@ def begin(path, given, made_by):
         state = load_checkpoint(path, made_by)
         if given.get("max_steps", state["step"]) < state["step"]:
             raise SystemExit(f"error: {path} is at step {state['step']:,} already: give a larger --max-steps")
+        for picture in pathlib.Path(path).parent.glob("*.png.part"):    # which a kill interrupted
+            picture.unlink(missing_ok=True)
         print(f"resuming {path} at step {state['step']:,}")
         return state
     if os.path.exists(path) and not given.get("overwrite"):

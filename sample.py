@@ -25,7 +25,7 @@ import diffusion
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
 CLASS = ()                  # classes, by index or name; empty: all (10 of them for a grid)
 COUNT = 0                   # from 0; images, spread evenly over the classes, 0: 8 of each
-CFG = -1.0                  # guidance scale, 1: none; below 0: as in the run's pictures
+CFG = -1.0                  # from -1; guidance scale, 1: none, below 0: as in the run's pictures
 STEPS = 0                   # from 0; sampler steps, 0: as in the run's pictures
 SAMPLER = "euler"           # one of euler, heun; euler is DDIM on the cosine path, heun twice the work a step
 INTERVAL = (0.0, 1.0)       # from 0 to 1; guide only while t, from 1 (noise) to 0 (data), lies within

@@ -934,13 +934,26 @@ NONSENSE = {
          "preset mnist; bacth-size 8; learning-rate 1; compile=yes; max 8",
     diffusion: "ema 1.5; ema -0.1; label-dropout 1.1; sample-steps 0; samples -1; cfg -1; cfg nan; widths 2; "
                "objective ddpm; model mlp; times now; lr-warmup -1; attention-at -1; size -1; max-steps 1e3",
-    sample: "interval 1.5 0; interval 1; steps -1; count -1; n 5; batch-size 0; seed -1; sampler x; bench"}
+    sample: "interval 1.5 0; interval 1; cfg nan; steps -1; count -1; n 5; "
+            "batch-size 0; seed -1; sampler x; bench"}
 
 
 @pytest.mark.parametrize("script, flag", [(k, flag) for k in NONSENSE for flag in NONSENSE[k].split("; ")])
 def test_nonsense_is_refused(script, flag, capsys):
     pytest.raises(SystemExit, data.flags, vars(script), f"--{flag}".split()).match("2")
     assert f"--{re.split('[ =]', flag)[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_does_not_fit_is_said_in_a_line(trained, own, monkeypatch, capsys):
+    assert "--device tpu" in stopped(run, vae, *TINY_VAE, "--device", "tpu", "--overwrite")
+    assert "is at step 4 already" in stopped(run, vae, "--resume", "--data", "images", "--max-steps", 3)
+    assert "vae of the checkpoint does not fit" in stopped(
+        run, vae, "--resume", "--data", "images", "--widths", 8, 32, "--max-steps", 5)
+    assert "lower bound first" in stopped(run, sample, "--out", trained, "--interval", 0.9, 0.1)
+    cfg = SimpleNamespace(device="cpu", bf16=False, compile=True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)     # a slim image
+    data.start(cfg)
+    assert not cfg.compile and "C compiler" in capsys.readouterr().out
 
 
 def test_settings_in_four_layers(capsys):

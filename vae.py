@@ -100,8 +100,8 @@ def norm(channels, groups):
 
 
 def groups_for(*widths):
-    """One number of norm groups for a whole model: 32, fewer where one would have less than 2 channels."""
-    return math.gcd(*widths, min(32, min(widths) // 2))
+    """One number of norm groups for a whole model: 32, fewer where one would have less than 4 channels."""
+    return math.gcd(*widths, min(32, min(widths) // 4 or 1))
 
 
 class ResBlock(nn.Module):
