@@ -7,7 +7,7 @@
 
 Encodes every image once (latents_*.npy), then trains. Writes to the run's folder: diffusion.pt, which carries
 the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores the default
-takes 3 minutes and ends at a loss of 0.87; 999 of 1,000 samples are of their class.
+takes 157 seconds and ends at a loss of 0.87; 996 of 1,000 samples are of their class.
 """
 import argparse
 import glob
@@ -311,7 +311,8 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         c, x = self.t_embedder(t) + self.y_embedder(y), self.x_embedder(x)
         (b, _, h, w), dtype = x.shape, x.dtype                                  # [b, d, h / p, w / p]
-        x = x.flatten(2).transpose(1, 2) + self.pos_embed.to(dtype)             # [b, n, d], bf16 if autocast
+        x = x.flatten(2).transpose(1, 2).contiguous()       # else all that follows is strided, and slower
+        x = x + self.pos_embed.to(dtype)                                        # [b, n, d], bf16 if autocast
         for block in self.blocks:
             x = block(x, c)
         shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=1)
