@@ -392,12 +392,12 @@ def start(cfg):
     """Choose the device, join torchrun's group, settle unset cfg.bf16 and cfg.compile -> device, autocast."""
     try:
         device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)           # last: on GPU 0 every process would take memory
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"error: --device {cfg.device} is not there: {str(error).splitlines()[0]}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     if WORLD > 1:
         warnings.filterwarnings("ignore", ".broadcast_buffers")     # DDP's: torch 2.6 has nothing else
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
