@@ -6,6 +6,7 @@ the sorted class names. From `order` on: batches, settings, processes, signals, 
 """
 import argparse
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -181,13 +182,13 @@ def list_folder(folder, classes=()):
                       for root, _, files in os.walk(os.path.join(folder, name)) for file in files
                       if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES)
 
-    names = classes or sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    found = {name: below(name) for name in names if name[0] != "."}
+    there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    found = {name: below(name) for name in classes or there}
     if not any(found.values()) and len(classes) < 2:
         found = {(classes or [os.path.basename(folder)])[0]: below("")}
-    empty = [name for name in found if not found[name]]
-    if empty:
-        print(f"{folder}: no image in {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
+    unused = [name for name in dict.fromkeys([*found, *there]) if not found.get(name)]
+    if unused:
+        print(f"{folder}: empty or no class: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)}")
     classes = classes or [name for name in found if found[name]]
     labels = np.arange(len(classes)).repeat([len(found[name]) for name in classes])
     return classes, [file for name in classes for file in found[name]], labels
@@ -313,41 +314,32 @@ def fenced(script):
     return re.findall(r"^([A-Z0-9_]+) = .*?# (.*)$", block, re.M)
 
 
-def allowed(kind, comment):
-    """A parser of one value, which refuses what its comment rules out: "from 1; ...", "from 0 to 1; ..."."""
-    bounds = re.match(r"from (\S+?)(?: to (\S+))?;", comment)
-
-    def parse(text):
-        value = kind(text)
-        if bounds and not float(bounds[1]) <= value <= float(bounds[2] or sys.float_info.max):
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds[0][:-1]}")
-        return value
-
-    parse.__name__ = kind.__name__      # for argparse's own "invalid int value"
-    return parse
-
-
 def flags(script, argv):
     """Parse a script's constants as flags -> a dict of those given. BATCH_SIZE = 64 is --batch-size 64;
-    True, False and None (unset) are --compile/--no-compile. The comment is the flag's help. A wrong flag or
-    value ends with argparse's message and status 2."""
+    True, False and None (unset) are --compile/--no-compile. The comment is the flag's help, and says first
+    what is allowed: "from 0 to 1; ...", "one of a, b; ...". What is not ends with status 2."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in fenced(script):
         default, choices = script[name], re.match(r"one of ([^;]+)", comment)
-        kind = {"type": allowed(type(default), comment)}
-        if default is None or isinstance(default, bool):
+        first = (default or ("",))[0] if isinstance(default, tuple) else default
+        kind = {"type": type(first), "choices": choices and choices[1].split(", ")}
+        if first is None or isinstance(first, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, tuple):                # of any length, or a pair of bounds
-            first = default[0] if default else ""
-            kind = {"type": allowed(type(first), comment), "nargs": 2 if isinstance(first, float) else "+"}
-        elif choices:
-            kind = {"choices": choices[1].split(", ")}
+        elif isinstance(default, tuple):                # a pair of bounds, or of any length
+            kind["nargs"] = 2 if isinstance(first, float) else "+"
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{comment} [{default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    for name, comment in fenced(script):
+        key, bounds = name.lower(), re.match(r"from (\S+?)(?: to (\S+))?;", comment)
+        if isinstance(given.get(key), list):
+            given[key] = tuple(given[key])
+        for value in np.atleast_1d(given[key]) if bounds and key in given else ():
+            if not float(bounds[1]) <= value <= float(bounds[2] or sys.float_info.max):
+                parser.error(f"argument --{key.replace('_', '-')}: {value} is not {bounds[0][:-1]}")
+    return given
 
 
 def settings(script, given, preset="", state=None):
@@ -383,7 +375,7 @@ def guard(main):
         sys.exit(f"error: out of GPU memory; give --grad-checkpoint, or halve --batch-size and double "
                  f"--accum ({str(error).split('. ')[1]})")
     except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename}; what was saved before is intact")
+        sys.exit(f"error: {error}; what was saved before is intact")
     if dist.is_initialized():           # not after an error: it would wait for the others
         dist.destroy_process_group()
 
@@ -454,7 +446,6 @@ def catch_signals():
             raise KeyboardInterrupt
         CAUGHT.append(number)
 
-    CAUGHT.clear()
     signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
 
 
@@ -499,6 +490,16 @@ def replace_file(path, write):
         raise SystemExit(f"error: cannot write {path}: {error.args[-1]}; what was saved before is intact")
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)
+
+
+def lock(file):
+    """Keep other processes from this open file until it is closed, or its process killed."""
+    with contextlib.suppress(ImportError, OSError):     # Windows and some network disks have none
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"error: another run writes {file.name}: wait for it, or give another --out")
 
 
 def load_checkpoint(path, made_by):

@@ -352,11 +352,12 @@ class Latents:
 
 @torch.no_grad()
 def encode(coder, pixels, views, autocast):
-    """uint8 images [n, 3, s, s] -> moments of both their views, float16 [n, views, 2, c, h, w]."""
-    x = data.to_float(pixels)
+    """uint8 images [n, 3, s, s] -> moments of their views, float16 [n, views, 2, c, h, w], in parts."""
+    parts = [data.to_float(part) for part in pixels.split(at_once(pixels.device, pixels.shape[-1]))]
     with autocast:
-        pairs = [torch.stack(coder.encode(x.flip(3) if view else x), 1) for view in range(views)]
-    return torch.stack(pairs, 1).half()
+        moments = [torch.stack([torch.stack(coder.encode(x.flip(3) if view else x), 1)
+                                for view in range(views)], 1) for x in parts]
+    return torch.cat(moments).half()
 
 
 def at_once(device, size):
@@ -377,14 +378,15 @@ def measure(moments, device):
 
 def write_latents(coder, train, name, device, autocast, workers):
     """Encode every image and its mirror into one file -> its name: `name` and the scale. A block is one
-    batch whichever process makes it. The first process appends them in order to a partial file, so that an
-    interrupted run goes on at its end."""
-    partial, block, side = f"{name}.npy.part", at_once(device, train.size), train.size // coder.factor
+    batch whichever process makes it, large enough that a GPU hardly waits for its writing. The first process
+    appends them in order to a partial file, so that an interrupted run goes on at its end."""
+    partial, block, side = f"{name}.npy.part", 4 * at_once(device, train.size), train.size // coder.factor
     shape, header = (len(train), 1 + train.flip, 2, coder.z_channels, side, side), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
     head, row, done = len(header.getvalue()), 2 * math.prod(shape[1:]), 0
     file = open(partial, "ab") if data.RANK == 0 else None
     if file:
+        data.lock(file)
         if len(train) * row > shutil.disk_usage(os.path.dirname(name)).free:
             raise SystemExit(f"error: {name} takes {len(train) * row / 1e9:.3g} GB, more than is free there")
         done = max(0, file.tell() - head) // (row * block) * block      # whole blocks
@@ -395,13 +397,10 @@ def write_latents(coder, train, name, device, autocast, workers):
     for first, (pixels, _) in zip(firsts, data.feed(train, plan, device, workers)):
         moments = data.gather(encode(coder, pixels, 1 + train.flip, autocast))[:len(train) - first]
         if file:
-            try:
-                file.write(moments.numpy().tobytes()), file.flush()
-            except OSError as error:
-                raise SystemExit(f"error: cannot write {partial}: {error.strerror}; what it has is kept")
+            file.write(moments.numpy().tobytes()), file.flush()
             done = first + len(moments)
             rate = (done - firsts[0]) / (time.perf_counter() - began)
-            data.say(f"encoding {done:,}/{len(train):,}  {rate:.0f} images/s", done == len(train))
+            data.say(f"encoding {done:,}/{len(train):,}  {rate:.1f} images/s", done == len(train))
         if stop := data.stop_asked():
             data.leave(stop, "the latents made so far are kept; run again to go on")
     if file:
@@ -449,12 +448,10 @@ def update_ema(ema, model, decay, step, every=1):
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)) ** every)
 
 
-def flops_per_latent(cfg):
-    """Of the forward and backward pass, without what --grad-checkpoint computes again."""
-    def step():
-        x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
-        diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long()).mean().backward()
-    return vae.count_flops(step)
+def one_latent(cfg):
+    """A forward and backward pass, for `vae.report`."""
+    x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
+    diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long()).mean().backward()
 
 
 def start_noise(rows, shape, seed):
@@ -624,7 +621,7 @@ def main(argv=None):
         if stop:
             data.leave(stop, f"saved at step {step:,}; go on with --resume")
     if cfg.bench:
-        return vae.report(log.seconds, batch, flops_per_latent(cfg), device, cfg.bf16)
+        return vae.report(log.seconds, batch, one_latent, cfg, device)
     size = os.path.getsize(f"{out}/diffusion.pt") / 1e6
     print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE, and samples_{cfg.max_steps:06d}.png")
 

@@ -11,6 +11,7 @@ it depends neither on the batch nor on the number of processes.
 """
 import argparse
 import os
+import pathlib
 import time
 
 import numpy as np
@@ -31,12 +32,12 @@ SAMPLER = "euler"           # one of euler, heun; euler is DDIM on the cosine pa
 INTERVAL = (0.0, 1.0)       # from 0 to 1; guide only while t, from 1 (noise) to 0 (data), lies within
 SEED = 0                    # from 0; image i is a function of (seed, i)
 BATCH_SIZE = 64             # from 1; images at a time
-PNG = ""                    # folder for numbered files 000000.png instead of the grid
+PNG = ""                    # folder for numbered files 000000.png instead of the grid; what is there is kept
 NPZ = ""                    # file for arr_0 uint8 [n, h, w, 3] and arr_1 int64 [n] instead of the grid
 GIF = ""                    # file for the denoising of the grid as an animation
 DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
 BF16 = None                 # bfloat16 autocast in the denoiser; unset: where it is faster
-COMPILE = False             # torch.compile of the denoiser: pays from about a thousand images
+COMPILE = False             # torch.compile of denoiser and decoder: pays from about a thousand images
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -68,10 +69,9 @@ def main(argv=None):
     run = argparse.Namespace(**state["config"])
     print(f"taking {file}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
 
+    # what to draw
     if cfg.interval[0] > cfg.interval[1]:
         raise SystemExit("error: --interval takes the lower bound first")
-
-    # what to draw
     words, null, as_grid = getattr(cfg, "class"), len(run.classes), not (cfg.png or cfg.npz)
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
     chosen = [find_class(word, run.classes) for word in words] or list(range(null))
@@ -81,37 +81,53 @@ def main(argv=None):
     spread = [i * len(chosen) // count if count < len(chosen) else i % len(chosen) for i in range(count)]
     y, shape = torch.tensor(chosen)[spread], (run.z_channels, run.side, run.side)
 
-    # into which files
-    name = "-".join(str(k) for k in chosen[:5]) if words else "all"
-    grid_file = f"{os.path.dirname(file)}/grid_{name}_cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}.png"
-    for made in data.from_first([made for made in (cfg.png, cfg.npz, cfg.gif) if os.path.exists(made)]):
-        raise SystemExit(f"error: {made} exists: name another, or remove it")
+    # into which files; a folder of images drawn with the same settings is gone on with
+    tag = f"cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}"
+    tag += "_interval{:g}-{:g}".format(*cfg.interval) if cfg.interval != INTERVAL else ""
+    tag += f"_count{count}" if cfg.count else ""
+    name = "-".join(str(k) for k in chosen)[:60] if words else "all"
+    grid_file = f"{os.path.dirname(file)}/grid_{name}_{tag}.png"
+    record = pathlib.Path(cfg.png, "settings.txt")
+    settings = f"{count} images of classes {chosen}, {tag}, after {state['step']} updates of {run.data}, " \
+               f"last weights {[*state['ema'].values()][-1].sum().item()}\n"
+    exist, todo = [made for made in (cfg.png, cfg.npz, cfg.gif) if os.path.exists(made)], list(range(count))
+    if cfg.png in exist and record.exists() and record.read_text() == settings:
+        exist.remove(cfg.png)
+        todo = [i for i in todo if cfg.npz or cfg.gif or not os.path.exists(f"{cfg.png}/{i:06d}.png")]
+    exist, todo = data.from_first((exist, todo))
+    for made in exist:
+        raise SystemExit(f"error: {made} exists, of other settings: name another, or remove it")
     for folder in (cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
         os.makedirs(folder or ".", exist_ok=True)
+    first_process, frames = data.RANK == 0, steps + 1 if cfg.gif else 1
+    if cfg.png and first_process:
+        data.replace_file(record, lambda f: f.write(settings.encode()))
 
     # draw: each round one batch a process, gathered by the first
-    first_process, frames = data.RANK == 0, steps + 1 if cfg.gif else 1
+    if cfg.compile:
+        model.compile(dynamic=False)
+        coder.decode = torch.compile(coder.decode, dynamic=False)
     kept = count if first_process and (as_grid or cfg.npz or cfg.gif) else 0
     pixels = torch.empty(frames, kept, 3, run.size, run.size, dtype=torch.uint8)
-    batch, denoise = min(cfg.batch_size, count), torch.compile(model) if cfg.compile else model
-    began, written = time.perf_counter(), []
+    batch, began, written = min(cfg.batch_size, count), time.perf_counter(), []
     with data.threads(os.cpu_count()) as pool:
-        for first in range(0, count, batch * data.WORLD):
-            rows = torch.arange(batch).add(first + data.RANK * batch).clamp(max=count - 1)
+        for first in range(0, len(todo), batch * data.WORLD):
+            places = torch.arange(batch).add(first + data.RANK * batch).clamp(max=len(todo) - 1)
+            rows = torch.tensor(todo)[places]
             x = diffusion.start_noise(rows.tolist(), shape, cfg.seed).to(device)
             with autocast:
-                states = [x, *diffusion.sample(denoise, run.objective, x, y[rows].to(device), null, steps,
+                states = [x, *diffusion.sample(model, run.objective, x, y[rows].to(device), null, steps,
                                                guidance, cfg.sampler, cfg.interval)]
             for frame, z in enumerate(states[-frames:]):
-                drawn = data.gather(diffusion.decode(coder, z, state["scale"]))[:count - first]
+                drawn = data.gather(diffusion.decode(coder, z, state["scale"]))[:len(todo) - first]
                 if kept:
                     pixels[frame, first:first + len(drawn)] = drawn
             if cfg.png and first_process:
-                names = [f"{cfg.png}/{first + i:06d}.png" for i in range(len(drawn))]
+                names = [f"{cfg.png}/{i:06d}.png" for i in todo[first:first + len(drawn)]]
                 written += [pool.submit(write_png, name, image) for name, image in zip(names, drawn)]
-            done = min(first + batch * data.WORLD, count)
+            done = min(first + batch * data.WORLD, len(todo))
             rate = done / (time.perf_counter() - began)
-            data.say(f"{done:,}/{count:,} images  {rate:.3g} images/s", done == count)
+            data.say(f"{done:,}/{len(todo):,} images  {rate:.1f} images/s", done == len(todo))
     for image in written:
         image.result()                          # which raises what went wrong
     if not first_process:

@@ -27,6 +27,7 @@ from PIL import Image
 from pytest import approx
 from torch.distributed.run import get_args_parser
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import diffusion
@@ -252,7 +253,7 @@ def test_folders(capsys):
         save(f"mine/{name}", k * 10)
     os.makedirs("mine/empty"), os.makedirs("mine/__MACOSX"), Path("mine/dog/readme.txt").write_text("")
     train, val = data.load("mine", size=16)
-    assert "no image in __MACOSX, empty" in capsys.readouterr().out and train.classes == ["cat", "dog"]
+    assert "no class: __MACOSX, empty" in capsys.readouterr().out and train.classes == ["cat", "dog"]
     assert val.files == ["cat/a.png"] and train.files == ["cat/deep/er/B.JPG", "dog/c.webp", "dog/d.bmp"]
     pixels, labels = train[torch.tensor([2, 0])]
     assert labels.tolist() == [1, 0] and pixels.float().mean((1, 2, 3)).round().tolist() == [30, 10]
@@ -263,6 +264,7 @@ def test_folders(capsys):
     save("two/val/cat/x.png", 8), save("two/val/cow/y.png", 8)
     train, val = data.load("two", size=16)
     assert val.files == ["cat/x.png"] and train.classes == val.classes == ["cat"]
+    assert "val: empty or no class: cow" in capsys.readouterr().out
     assert "cat, cow" in stopped(data.load, "two", "", 16, ["cat", "cow"])
 
 
@@ -717,14 +719,19 @@ def test_latents(trained):
 
 
 def test_encoding_stops_at_sigterm_and_goes_on_there(trained, own, monkeypatch, capsys):
-    monkeypatch.setattr(diffusion, "PIXELS", 16 * 16 ** 2)      # three blocks
+    monkeypatch.setattr(diffusion, "PIXELS", 4 * 16 ** 2)       # three blocks, in parts of four
     encode, calls = diffusion.encode, []
     monkeypatch.setattr(diffusion, "encode", lambda *args: calls.append(args) or (
         len(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM)) or encode(*args))
     pytest.raises(SystemExit, run, diffusion, *TINY_UNET).match("0")
     part, = own.glob("latents_*.npy.part")
     assert "run again" in capsys.readouterr().out and part.stat().st_size == 128 + 32 * 2 * 2 * 4 * 8 * 8 * 2
-    part.write_bytes(part.read_bytes() + b"half a row"), run(diffusion, *TINY_UNET)
+    part.write_bytes(part.read_bytes() + b"half a row")
+    data.CAUGHT.clear()
+    with open(part, "ab") as file:                              # as of a second denoiser
+        data.lock(file)
+        assert "another run" in stopped(run, diffusion, *TINY_UNET)
+    run(diffusion, *TINY_UNET)
     assert len(calls) == 3 and "encoding 40/40" in capsys.readouterr().out
     assert_same("diffusion", own, trained, exact=True)
     for name in ("encode", "measure", "write_latents"):
@@ -749,8 +756,11 @@ def test_other_latents_are_not_found_and_named(trained, capsys):
 
 def test_resume_is_exact(trained, own):
     run_until(2, vae, *TINY_VAE, "--overwrite")
-    (own / "vae.csv").open("a").write("3,1,1\n4,5")             # rows after the checkpoint, the last one cut
     assert torch.load(own / "vae.pt")["step"] == 2
+    log, rows = own / "vae.csv", (own / "vae.csv").read_text()
+    log.write_text(f"{rows}nonsense\n")
+    assert "'nonsense" in stopped(run, vae, "--resume", "--data", "images")
+    log.write_text(f"{rows}3,1,1\n4,5")                         # rows after the checkpoint, the last one cut
     run(vae, "--resume", "--data", "images")
     assert_same("vae", own, trained, exact=True)
     run_until(1 + 3, diffusion, *TINY_UNET)                     # a block of latents, three updates
@@ -764,7 +774,7 @@ def test_diffusion_pt_alone_samples_the_same_whatever_becomes_of_vae_pt(trained,
     run(vae, *TINY_VAE, "--seed", 7, "--overwrite")
     for out in (trained, "there", own):
         run(sample, "--out", out, "--count", 6, "--no-bf16", "--seed", 3)
-    first, *others = (pixels_of(f"{out}/grid_all_cfg3_euler4_seed3.png") for out in (trained, "there", own))
+    first, *others = (pixels_of(*Path(out).glob("grid_*_count6.png")) for out in (trained, "there", own))
     assert first.std() > 1 and all(np.array_equal(first, other) for other in others)
 
 
@@ -780,11 +790,11 @@ def test_two_processes_equal_one(trained, own):
     finish(start(sample, *flags, own, "--npz", "two.npz", "--gif", "two.gif", world=2))
     run(sample, *flags, trained), run(sample, *flags, trained, "--npz", "one.npz", "--gif", "one.gif")
     one, two, files = np.load("one.npz"), np.load("two.npz"), sorted(Path("png").iterdir())
-    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(7)]
+    assert [file.name for file in files] == [*[f"{i:06d}.png" for i in range(7)], "settings.txt"]
     assert one["arr_1"].tolist() == two["arr_1"].tolist() and Image.open("two.gif").n_frames == 5
     pairs = [[pixels_of(run / f"{name}.png") for run in (own, trained)] for name in (
-        "recon_000004", "grid_all_cfg3_euler4_seed5")] + [[pixels_of("one.gif"), pixels_of("two.gif")]]
-    for a, b in ((one["arr_0"], two["arr_0"]), (one["arr_0"], list(map(pixels_of, files))), *pairs):
+        "recon_000004", "grid_all_cfg3_euler4_seed5_count7")] + [[pixels_of("one.gif"), pixels_of("two.gif")]]
+    for a, b in ((one["arr_0"], two["arr_0"]), (one["arr_0"], list(map(pixels_of, files[:7]))), *pairs):
         assert np.abs(np.array(a, int) - b).max() <= 1
 
 
@@ -823,8 +833,8 @@ def test_kill_9_at_any_moment():
 
 
 def test_a_process_that_dies_or_fails_ends_the_run(own):
-    """One is killed; another cannot read an image that the first never meets: a block is four."""
-    shutil.copytree("images", "mine"), sorted(Path("mine/train/circle").iterdir())[5].write_text("no image")
+    """One is killed; another cannot read row 19, which the first never meets: a block is sixteen."""
+    shutil.copytree("images", "mine"), sorted(Path("mine/train/cross").iterdir())[5].write_text("no image")
     mine = "--vae", own / "vae.pt", "--data", "mine", "--size", 256
     killed = typed(f"{TORCHRUN} vae.py", *TINY_VAE, "--max-steps", 100_000, "--out", "long", wait=False)
     failed = typed(f"{TORCHRUN} diffusion.py", *TINY_UNET, *mine, wait=False)
@@ -841,6 +851,7 @@ def test_signals_save_first_and_the_second_ends_at_once(number, status):
     log = Path("out/images/vae.csv")
     while not log.exists() or log.stat().st_size == 0:
         assert process.is_alive() and not time.sleep(0.1)
+    assert "another run" in stopped(run, vae, *TINY_VAE, "--overwrite")
     os.kill(process.pid, number), finish([process], status)
     assert torch.load(log.with_name("vae.pt"))["step"] > 0 and "--resume" in Path("rank0.1").read_text()
     data.catch_signals(), os.kill(os.getpid(), number)
@@ -909,7 +920,9 @@ def test_flops_are_those_of_the_formula():
     n, d, depth = 256, 384, 12
     block = 2 * n * d * (3 * d + d + 8 * d) + 2 * 2 * n * n * d + 2 * d * 6 * d
     ends = 2 * n * d * 16 + 2 * n * 16 * d + 2 * d * 2 * d + 2 * (256 * d + d * d)
-    assert diffusion.flops_per_latent(cfg) == approx(3 * (depth * block + ends), rel=0.01)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        diffusion.one_latent(cfg)
+    assert counter.get_total_flops() == approx(3 * (depth * block + ends), rel=0.01)
 
 
 def test_compiles_once_and_whole(trained, own, monkeypatch):
@@ -973,17 +986,22 @@ def test_settings_in_four_layers(capsys):
     assert (shares(8, 16, 8), shares(128, 1, 2)) == ((8, 2), (64, 1)) and "129" in stopped(shares, 128, 1, 3)
 
 
-def test_samples_and_class_names(trained):
+def test_samples_and_class_names(trained, capsys):
     flags = "--out", trained, "--count", 5, "--class", "cross", 2, "--no-bf16"
     run(sample, *flags, "--npz", "a.npz", "--png", "png"), run(sample, *flags)
     run(sample, *flags, "--npz", "deep/b.npz", "--batch-size", 2, "--gif", "x.gif")
-    a, b, grid = np.load("a.npz"), np.load("deep/b.npz"), trained / "grid_1-2_cfg3_euler4_seed0.png"
+    a, b, grid = np.load("a.npz"), np.load("deep/b.npz"), trained / "grid_1-2_cfg3_euler4_seed0_count5.png"
     assert a["arr_1"].tolist() == [1, 2, 1, 2, 1] and Image.open("x.gif").n_frames == 5
     assert a["arr_0"].dtype == np.uint8 and np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     for same in (pixels_of("png/000003.png"), pixels_of(grid)[20:36, 20:36]):
         assert np.array_equal(same, a["arr_0"][3])
-    for flag, made in (("--npz", "a.npz"), ("--png", "png"), ("--gif", "x.gif")):
-        assert f"{made} exists" in stopped(run, sample, *flags, flag, made)
+    for flag, made in (("--npz", "a.npz"), ("--png", "png --seed 1"), ("--gif", "x.gif")):
+        assert f"{made.split()[0]} exists" in stopped(run, sample, *flags, flag, *made.split())
+    kept = {file: os.stat(file).st_mtime_ns for file in Path("png").glob("*.png")}
+    gone = kept.popitem()[0]
+    gone.rename("gone.png"), run(sample, *flags, "--png", "png")        # as after a kill: goes on
+    assert "1/1 images" in capsys.readouterr().out and gone.read_bytes() == Path("gone.png").read_bytes()
+    assert all(os.stat(file).st_mtime_ns == time for file, time in kept.items())
     for flag in ("seed 1", "cfg 1", "steps 7", "sampler heun", "interval 0.4 0.6"):
         run(sample, *flags, "--npz", f"{flag}.npz", *f"--{flag}".split())
         assert not np.array_equal(a["arr_0"], np.load(f"{flag}.npz")["arr_0"]), flag
@@ -1061,10 +1079,11 @@ def test_full_disk_leaves_what_was_there(script, limit, file, own):
     before, (soft, hard) = (own / "vae.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))        # no file grows beyond it
     try:
-        assert file in stopped(data.guard, lambda: run(script, *flags))
+        assert re.search(f"{file}|too large", stopped(data.guard, lambda: run(script, *flags)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (own / "vae.pt").read_bytes() == before and not list(own.glob("*.pt.part"))
+    assert len(list(own.glob("latents_*.part"))) == (file == "latents")
     assert not (own / "diffusion.pt").exists() and any(own.glob("latents_*.npy")) == (file == "diffusion.pt")
 
 

@@ -354,16 +354,23 @@ def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, step
 
 class Log:
     """A row of a CSV file and a line on the terminal every few updates, from the first process alone;
-    TensorBoard too, if it is installed. A resumed run drops the rows after its `step`. No `path`: no file."""
+    TensorBoard too, if it is installed. A resumed run drops the rows after its `step`. No `path`: no file.
+    The open file keeps a second run out of the folder."""
 
     def __init__(self, path, step, total):
-        self.path, self.total, self.values, self.clock = path, total, {"step": step}, time.perf_counter()
-        self.columns, self.seconds, self.board = [], [], None
+        self.total, self.values, self.clock = total, {"step": step}, time.perf_counter()
+        self.columns, self.seconds, self.file, self.board = [], [], None, None
         if path and data.RANK == 0:
-            lines = open(path).readlines() if step and os.path.exists(path) else []
-            kept = [line for line in lines[1:] if line[-1] == "\n" and int(line.split(",")[0]) <= step]
-            self.columns = lines[0].strip().split(",") if lines else []
-            data.replace_file(path, lambda f: f.write("".join(lines[:1] + kept).encode()))
+            self.file = open(path, "ab+")
+            data.lock(self.file)
+            self.file.seek(0)
+            lines = self.file.readlines() if step else []
+            try:
+                kept = [line for line in lines[1:] if line[-1:] == b"\n" and int(line.split(b",")[0]) <= step]
+            except ValueError as error:
+                raise SystemExit(f"error: {path} has a line that is no row of the log ({error}): remove it")
+            self.columns = lines[0].decode().strip().split(",") if lines else []
+            self.file.truncate(sum(map(len, lines[:1] + kept)))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(os.path.dirname(path), purge_step=step)
@@ -384,12 +391,13 @@ class Log:
         if values["streak"] >= 10:
             raise SystemExit("error: the gradients of ten updates in a row were not finite, or huge: go on "
                              "with --resume and a lower --lr, or --no-bf16")
-        if not self.path or data.RANK > 0:
+        if not self.file:
             return
-        self.columns = self.columns or list(self.values)
-        with open(self.path, "a") as f:
-            f.write("" if f.tell() else ",".join(self.columns) + "\n")
-            f.write(",".join(f"{self.values.get(name, math.nan):.7g}" for name in self.columns) + "\n")
+        if not self.columns:
+            self.columns = list(self.values)
+            self.file.write((",".join(self.columns) + "\n").encode())
+        line = ",".join(f"{self.values.get(name, math.nan):.7g}" for name in self.columns) + "\n"
+        self.file.write(line.encode()), self.file.flush()
         for name, value in self.values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
         shown = [f"{name} {self.values[name]:.4g}" for name in (*show, "skipped") if self.values.get(name)]
@@ -397,19 +405,15 @@ class Log:
         data.say("  ".join([f"step {step:,}/{self.total:,}", left, *shown]), last=step == self.total)
 
 
-def count_flops(step):
-    """FLOPs of step(), whose modules and tensors are made within it, without data: torch.device("meta")."""
+def report(seconds, batch, one_image, cfg, device):
+    """What --bench prints: the median update but for the first three, next to a large product's speed. The
+    FLOPs are those of one_image(cfg), which makes modules and tensors without data: torch.device("meta")."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def report(seconds, batch, flops, device, bf16):
-    """What --bench prints: the median update but for the first three, next to a large product's speed."""
+        one_image(cfg)
     seconds, n = np.median(seconds[3:]), 2048 if device.type == "cpu" else 8192
-    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
     product = 2 * n ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5))
-    reached = flops * batch / seconds / data.WORLD
+    reached = counter.get_total_flops() * batch / seconds / data.WORLD
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
@@ -438,13 +442,11 @@ def load_vae(state, device="cpu"):
     return vae.to(device).eval().requires_grad_(False)
 
 
-def flops_per_image(cfg):
-    """Of both players' forward and backward passes, without what --grad-checkpoint computes again."""
-    def step():
-        vae, disc = build(cfg), Discriminator(cfg.size, cfg.disc_width)
-        x, weights = torch.empty(1, 3, cfg.size, cfg.size), dict.fromkeys(("pixel", "kl", "adv", "fm"), 1.0)
-        micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
-    return count_flops(step)
+def one_image(cfg):
+    """Both players' forward and backward passes, for `report`."""
+    vae, disc = build(cfg), Discriminator(cfg.size, cfg.disc_width)
+    x, weights = torch.empty(1, 3, cfg.size, cfg.size), dict.fromkeys(("pixel", "kl", "adv", "fm"), 1.0)
+    micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
 
 
 @torch.no_grad()
@@ -590,7 +592,7 @@ def main(argv=None):
         if stop:
             data.leave(stop, f"saved at step {step:,}; go on with --resume")
     if cfg.bench:
-        return report(log.seconds, batch, flops_per_image(cfg), device, cfg.bf16)
+        return report(log.seconds, batch, one_image, cfg, device)
     print(f"{out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
                                         if key.startswith(("val_", "z_"))))
 
