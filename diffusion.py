@@ -144,14 +144,14 @@ def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", int
     Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
     circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
     (Kynkaanniemi et al. 2024). The state stays float32."""
-    times = torch.linspace(first_time(objective), 0, steps + 1, device=x.device)
+    times = [first_time(objective) * (1 - k / steps) for k in range(steps + 1)]
 
     def v_at(x, t):
         scale = cfg if interval[0] <= t <= interval[1] else 1
-        return guided(model, objective, x, t.expand(len(x)), y, scale, null)
+        return guided(model, objective, x, torch.full((len(x),), t, device=x.device), y, scale, null)
 
-    for t, s in zip(times[:-1], times[1:]):
-        (a, b, da, db), (a_s, b_s, da_s, db_s) = path(objective, t), path(objective, s)
+    for t, s in zip(times, times[1:]):
+        (a, b, da, db), (a_s, b_s, da_s, db_s) = (path(objective, torch.tensor(at)) for at in (t, s))
         v = v_at(x, t)
         if sampler == "heun" and s > 0:
             x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
@@ -380,7 +380,8 @@ def write_latents(coder, train, name, device, autocast, workers):
     """Encode every image and its mirror into one file -> its name: `name` and the scale. A block is one
     batch whichever process makes it, large enough that a GPU hardly waits for its writing. The first process
     appends them in order to a partial file, so that an interrupted run goes on at its end."""
-    partial, block, side = f"{name}.npy.part", 4 * at_once(device, train.size), train.size // coder.factor
+    partial, side = f"{name}.npy.part", train.size // coder.factor
+    block = min(len(train), 4 * at_once(device, train.size))
     shape, header = (len(train), 1 + train.flip, 2, coder.z_channels, side, side), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
     head, row, done = len(header.getvalue()), 2 * math.prod(shape[1:]), 0

@@ -26,7 +26,9 @@ import torchvision
 from PIL import Image
 from pytest import approx
 from torch.distributed.run import get_args_parser
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -718,8 +720,9 @@ def test_latents(trained):
     assert (diffusion.normalise(std, scale), diffusion.denormalise(1, scale)) == approx((1, std), rel=1e-5)
 
 
-def test_encoding_stops_at_sigterm_and_goes_on_there(trained, own, monkeypatch, capsys):
+def test_encoding_stops_at_sigterm_and_goes_on_there(own, monkeypatch, capsys):
     monkeypatch.setattr(diffusion, "PIXELS", 4 * 16 ** 2)       # three blocks, in parts of four
+    run(diffusion, *TINY_UNET, "--out", "whole"), shutil.move(own / latents_in(own)[0], "whole")
     encode, calls = diffusion.encode, []
     monkeypatch.setattr(diffusion, "encode", lambda *args: calls.append(args) or (
         len(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM)) or encode(*args))
@@ -733,7 +736,7 @@ def test_encoding_stops_at_sigterm_and_goes_on_there(trained, own, monkeypatch, 
         assert "another run" in stopped(run, diffusion, *TINY_UNET)
     run(diffusion, *TINY_UNET)
     assert len(calls) == 3 and "encoding 40/40" in capsys.readouterr().out
-    assert_same("diffusion", own, trained, exact=True)
+    assert_same("diffusion", own, "whole", exact=True)
     for name in ("encode", "measure", "write_latents"):
         monkeypatch.setattr(diffusion, name, None)              # nor are they made or measured again
     run(diffusion, *TINY_UNET, "--overwrite")
@@ -938,6 +941,118 @@ def test_compiles_once_and_whole(trained, own, monkeypatch):
         "dit" in flags or assert_same(script.__name__, own, trained)
 
 
+# ---- GPUs, first as far as a CPU can tell ------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset", vae.PRESETS)
+def test_passes_without_data(preset):
+    """Forward and backward on meta, at every preset's full size: what --bench counts."""
+    cfg = data.settings(vars(vae), {}, preset)
+    with torch.device("meta"):
+        vae.one_image(cfg)
+        for given in ({"model": "unet"}, {"model": "dit"}, {"model": "dit", "dit": "XL/2"}):
+            run = data.settings(vars(diffusion), given, preset)
+            run.z_channels, run.side = cfg.z_channels, cfg.size // 2 ** (len(cfg.widths) - 1)
+            run.classes = range(10)
+            diffusion.one_latent(run)
+
+
+def test_on_a_gpu_nothing_strays_waits_or_alternates():
+    """Under fake CUDA tensors: no operand on the CPU, no value waited for, one layout for all that cuDNN
+    gets, in every pass but the backward one."""
+    def check(layer, args):
+        assert args[0].device == cuda and args[0].is_contiguous(), layer
+
+    cuda = torch.device("cuda", 0)
+    with FakeTensorMode():
+        try:
+            with cuda:
+                coder, disc, x = vae.VAE((32, 64), 1), vae.Discriminator(64, 16), torch.empty(2, 3, 64, 64)
+                players = diffusion.UNet(4, 32, 10, (32, 64), 1, 16), diffusion.DiT(4, 32, 10, "S/2")
+                z, y, t = torch.empty(2, 4, 32, 32), torch.tensor([0, 1]), torch.empty(2)
+        except RuntimeError as error:
+            pytest.skip(f"this torch has no fake CUDA without a driver: {error}")
+        for layer in itertools.chain(coder.modules(), disc.modules(), players[0].modules()):
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.GroupNorm)):
+                layer.register_forward_pre_hook(check)
+        disc(coder(x, z)[0])
+        assert diffusion.encode(coder, x.to(torch.uint8), 2, FLOAT32).device == cuda
+        for model, how in itertools.product(players, ("euler", "heun")):
+            diffusion.diffusion_loss(model, "flow", z, z, t, y)
+            *_, drawn = diffusion.sample(model, "flow", z, y, 10, 4, 3.0, how, (0.2, 0.8))
+            assert diffusion.decode(coder, drawn, 1.0).device == cuda
+
+
+def test_operations_that_apple_gpus_lack_are_not_used():
+    """MPS has neither ndtri nor float64."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            assert "ndtri" not in str(function) and getattr(out, "dtype", None) != torch.double, function
+            return out
+
+    cfg = SimpleNamespace(seed=0, z_channels=4, side=8, objective="flow", times="logit-normal",
+                          label_dropout=0.1)
+    with Watch():
+        z, e, t, _ = diffusion.draw(cfg, 0, 4, CPU)
+        for make in DENOISERS:
+            diffusion.diffusion_loss(make(), "flow", z, e, t, torch.zeros(4).long()).mean().backward()
+        vae.one_image(data.settings(vars(vae), {"size": 16, "widths": (8, 16)}, "shapes"))
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+ON_GPU = ["--device", "cuda"]           # after TINY, whose --device cpu it overrides
+
+
+@gpu
+def test_gpu_three_commands_and_resume():
+    """Compiled and not; a stopped run ends as one that was not, to rounding."""
+    for extra in (["--no-compile"], ["--compile"]):
+        out = f"whole{extra[0]}"
+        flags = *ON_GPU, *extra, "--out", out
+        run(vae, *TINY_VAE, *flags), run(diffusion, *TINY_UNET, *flags)
+        run(sample, *flags, "--npz", f"{out}.npz")
+        assert np.load(f"{out}.npz")["arr_0"].std() > 1
+    run_until(2, vae, *TINY_VAE, *ON_GPU, "--out", "cut"), run(vae, "--resume", *ON_GPU, "--out", "cut")
+    assert_same("vae", "cut", "whole--no-compile")
+
+
+@gpu
+@pytest.mark.parametrize("bf16, tolerance", [("--no-bf16", 0.01), ("--bf16", 0.05)])
+def test_gpu_learns_what_the_cpu_learns(bf16, tolerance, monkeypatch):
+    """The losses of twenty updates, all noise drawn on the CPU."""
+    cpu = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": cpu())
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, lambda *shape, device="cpu", f=getattr(torch, name), **how: (
+            f(*shape, **how).to(device)))
+    logs = {}
+    for device in ("cpu", "cuda"):
+        how = "--max-steps", 20, bf16, "--device", device, "--out", device
+        run(vae, *TINY_VAE, *how), shutil.copy("cpu/vae.pt", "vae.pt")
+        run(diffusion, *TINY_UNET, *how, "--vae", "vae.pt")
+        logs[device] = columns(f"{device}/vae.csv")["loss"] + columns(f"{device}/diffusion.csv")["loss"]
+    assert logs["cuda"] == approx(logs["cpu"], rel=tolerance)
+
+
+@gpu
+@pytest.mark.parametrize("extra", [[], ACCUMULATED, ["--compile"]])
+def test_gpu_updates_wait_for_nothing(extra, monkeypatch):
+    """No call within updates 2 to 9 waits for the GPU; nor does the compiler start again."""
+    def asked():
+        steps.append(1)
+        within = len(steps) in range(1 + encoded, 9 + encoded)
+        torch.cuda.set_sync_debug_mode("error" if within else "default")
+        return 0
+
+    for script, flags, encoded in ((vae, TINY_VAE, 0), (diffusion, TINY_UNET, 1)):
+        steps = []
+        monkeypatch.setattr(data, "stop_asked", asked), torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run(script, *flags, *"--max-steps 10 --log-every 10".split(), *ON_GPU, *extra)
+        assert len(steps) == 10 + encoded and not torch._dynamo.utils.counters["graph_break"]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 # ---- settings, and what users get wrong --------------------------------------------------------------------
 
 NONSENSE = {
@@ -1129,6 +1244,22 @@ def test_speed_of_loading():
         a, b = np.median(rates[data.Images, threads]), np.median(rates[Plain, threads])
         print(f"{threads} threads: {a:.0f} images a second, plain pipeline {b:.0f}: {a / b:.2f} times")
         assert a > 2 * b
+
+
+@slow
+@gpu
+@pytest.mark.parametrize("layout", ["0", "1"])
+@pytest.mark.parametrize("command, limit", [
+    ("vae.py", 24), ("vae.py --grad-checkpoint", 12), ("diffusion.py", 12), ("diffusion.py --dit XL/2", 80),
+    ("diffusion.py --dit XL/2 --batch-size 4 --accum 64 --grad-checkpoint --ema-on-cpu", 12)])
+def test_gpu_speed_and_memory(command, limit, layout):
+    """README's ImageNet commands fit the cards it names; with and without the layout forced by Inductor."""
+    script, *flags = command.split()
+    line = subprocess.run([sys.executable, HERE / script, "--bench", "--preset", "imagenet", *flags], text=True,
+                          env=os.environ | {"TORCHINDUCTOR_FORCE_LAYOUT_OPT": layout}, check=True,
+                          stdout=subprocess.PIPE).stdout.splitlines()[-1]
+    print(f"{command}, forced layout {layout}: {line}")
+    assert float(re.search(r"peak memory ([\d.]+) GB", line)[1]) < limit
 
 
 @slow
