@@ -477,6 +477,13 @@ say.next = 0
 
 # ---- files and checkpoints ---------------------------------------------------------------------------------
 
+CHECKPOINTS = {                         # by the script that `made_by` names
+    "vae.py": dict(config=dict, step=int, vae=dict, disc=dict, vae_opt=dict, disc_opt=dict),
+    "diffusion.py": dict(config=dict, step=int, scale=float, vae=dict, vae_config=dict, model=dict, ema=dict,
+                         opt=dict),
+}
+
+
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
     partial = f"{path}.part"                            # what a kill left behind is overwritten
@@ -510,7 +517,8 @@ def load_checkpoint(path, made_by):
         raise SystemExit(f"error: no {path}: run {made_by} first, or point to another run with --out")
     except Exception as error:
         raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("made_by") != made_by or "config" not in state:
+    if not isinstance(state, dict) or state.get("made_by") != made_by or not all(
+            isinstance(state.get(key), kind) for key, kind in CHECKPOINTS[made_by].items()):
         raise SystemExit(f"error: {path} is not a checkpoint of {made_by}")
     return state
 
@@ -535,9 +543,9 @@ def restore(parts, state):
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise SystemExit(f"error: {name} of the checkpoint does not fit these settings: {reason:.200}")
+            raise SystemExit(f"error: {name} of the checkpoint does not fit its settings: {reason:.200}")
 
 
 def folder_of(dataset):

@@ -471,7 +471,7 @@ def load(path, device="cpu"):
     """A trained denoiser with its averaged weights, and its VAE -> denoiser, VAE, checkpoint."""
     state = data.load_checkpoint(path, "diffusion.py")
     model = build(argparse.Namespace(**state["config"]))
-    model.load_state_dict(state["ema"])
+    data.restore({"ema": model}, state)
     return model.to(device).eval().requires_grad_(False), load_vae(state, device), state
 
 

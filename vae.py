@@ -310,7 +310,10 @@ class Perceptual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = vgg16(weights=VGG16_Weights.DEFAULT).features.eval().requires_grad_(False)
+        try:
+            layers = vgg16(weights=VGG16_Weights.DEFAULT).features.eval().requires_grad_(False)
+        except OSError as error:
+            raise SystemExit(f"error: --perceptual-weight takes VGG16, which cannot be downloaded: {error}")
         self.stages = nn.ModuleList([layers[:4], layers[4:9], layers[9:16], layers[16:23], layers[23:30]])
         # ImageNet's mean and std, of images in [-1, 1]
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
@@ -438,7 +441,7 @@ def build(config):
 def load_vae(state, device="cpu"):
     """The VAE of a vae.pt or of a diffusion.pt, which carries it along, frozen."""
     vae = build(argparse.Namespace(**state.get("vae_config", state["config"])))
-    vae.load_state_dict(state["vae"])
+    data.restore({"vae": vae}, state)
     return vae.to(device).eval().requires_grad_(False)
 
 
