@@ -479,8 +479,8 @@ say.next = 0
 
 CHECKPOINTS = {                         # by the script that `made_by` names
     "vae.py": dict(config=dict, step=int, vae=dict, disc=dict, vae_opt=dict, disc_opt=dict),
-    "diffusion.py": dict(config=dict, step=int, scale=float, vae=dict, vae_config=dict, model=dict, ema=dict,
-                         opt=dict),
+    "diffusion.py": dict(config=dict, step=int, scale=float, shift=float, vae=dict, vae_config=dict,
+                         model=dict, ema=dict, opt=dict),
 }
 
 

@@ -10,6 +10,7 @@ the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights.
 takes 157 seconds and ends at a loss of 0.87; 996 of 1,000 samples are of their class.
 """
 import argparse
+import functools
 import glob
 import hashlib
 import io
@@ -23,11 +24,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torchvision.models import ResNet50_Weights
 
 import data
 import vae
 from vae import (Attention, Downsample, Log, ResBlock, Upsample, attend, cosine, groups_for, load_vae, named,
-                 norm, recompute)
+                 norm, open_vae, read_weights, recompute)
 
 # ------------------------------------------------------------------------------------------------------------
 # run
@@ -35,7 +37,10 @@ DATA = ""                   # dataset; empty: the VAE's
 DATA_DIR = ""               # where it lies; empty: where the VAE found it
 PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: the VAE's
 SIZE = 0                    # from 0; pixels a side, 0: the VAE's
-VAE = ""                    # a vae.pt; empty: the one in --out or out/<data>, else the newest out/*/vae.pt
+VAE = ""                    # a vae.pt or published weights; empty: of --out, of out/<data>, else the newest
+SCALE = 0.0                 # from 0; of the latents; 0: beside published weights, else 1 / std of all
+SHIFT = 0.0                 # from -1e6; taken off the latents before they are scaled
+INIT = ""                   # published weights to start from, which also decide the DiT's shape
 OUT = ""                    # the run's folder; empty: the VAE's
 MAX_STEPS = 3400            # from 1; updates
 BATCH_SIZE = 16             # from 1; latents per micro-step, over all processes
@@ -52,7 +57,7 @@ BLOCKS = 1                  # from 1; unet: residual blocks at each resolution
 ATTENTION_AT = 8            # from 0; unet: self-attention where the side is at most this
 DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
 # loss
-OBJECTIVE = "flow"          # one of flow, v, eps; linear path, cosine path, the same by the noise
+OBJECTIVE = "flow"          # one of flow, v, eps, ddpm, sit; the last two are the published DiT's and SiT's
 TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
 LABEL_DROPOUT = 0.1         # from 0 to 1; share of labels replaced by the null class, for guidance
 # optimiser
@@ -96,13 +101,21 @@ PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a
 def path(objective, t):
     """x_t = a x0 + b e, from data (t=0) to noise (t=1) -> a, b and their derivatives da, db.
 
-    flow: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its angle
-    (Salimans and Ho 2022, app. D). On both, a db - da b = 1, so that with the velocity v = da x0 + db e:
-    x0 = db x - b v and e = a v - da x, without a division."""
-    if objective == "flow":
+    flow, sit: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its angle
+    (Salimans and Ho 2022, app. D); ddpm: the same circle in the thousand steps of Ho et al. (2020). On both,
+    a db - da b = 1, so that with the velocity v = da x0 + db e: x0 = db x - b v and e = a v - da x, without
+    a division."""
+    if objective in ("flow", "sit"):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    angle = t * (math.pi / 2)
+    angle = ddpm_angles(t.device)[(1000 * t).round().long()] if objective == "ddpm" else t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+
+
+@functools.cache
+def ddpm_angles(device):
+    """The angle after 0 ... 1000 steps of betas from 1e-4 to 0.02, by cos(angle)^2 = prod (1 - beta)."""
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)).cumprod(0)
+    return F.pad(kept.sqrt().arccos(), (1, 0)).float().to(device)
 
 
 def first_time(objective):
@@ -112,9 +125,12 @@ def first_time(objective):
 
 
 def velocity(model, objective, x, t, y):
-    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32."""
-    out = model(x, t, y).float()
-    if objective != "eps":
+    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32. SiT's time runs
+    from noise to data, unscaled, and so does its velocity; DDPM counts its steps from 0."""
+    if objective == "sit":
+        return -model(x, (1 - t) / 1000, y).float()
+    out = model(x, t - 1e-3 if objective == "ddpm" else t, y).float()
+    if objective in ("flow", "v"):
         return out
     a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
     return (da * x + out) / a
@@ -123,10 +139,11 @@ def velocity(model, objective, x, t, y):
 def diffusion_loss(model, objective, x0, e, t, y):
     """Mean squared error of the velocity per image [b], at x_t. x0, e [b, c, h, w]; t, y [b]. For eps this
     is the noise's error over a^2, the "SNR+1" weighting of Salimans and Ho (2022): without it a short run
-    learns little of the shape, which the noisy times decide."""
+    learns little of the shape, which the noisy times decide. For ddpm it is the noise's, as published."""
     a, b, da, db = path(objective, t.view(-1, 1, 1, 1))
     v = velocity(model, objective, a * x0 + b * e, t, y)
-    return (v - (da * x0 + db * e)).square().mean((1, 2, 3))
+    weight = a if objective == "ddpm" else 1
+    return (weight * (v - (da * x0 + db * e))).square().mean((1, 2, 3))
 
 
 def guided(model, objective, x, t, y, cfg, null):
@@ -162,13 +179,13 @@ def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", int
         yield x
 
 
-def normalise(z, scale):
+def normalise(z, scale, shift=0.0):
     """Latents as the VAE gives them -> unit standard deviation; `denormalise` is its inverse."""
-    return z * scale
+    return (z - shift) * scale
 
 
-def denormalise(z, scale):
-    return z / scale
+def denormalise(z, scale, shift=0.0):
+    return z / scale + shift
 
 
 # ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] -----------------------------------
@@ -266,11 +283,11 @@ def modulate(x, shift, scale):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: tokens x [b, n, d], conditioning c [b, d] -> [b, n, d]."""
 
-    def __init__(self, d, heads):
+    def __init__(self, d, heads, gelu="none"):
         super().__init__()
         self.heads, self.attn = heads, nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
         self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.mlp = named(fc1=nn.Linear(d, 4 * d), act=nn.GELU(), fc2=nn.Linear(4 * d, d))
+        self.mlp = named(fc1=nn.Linear(d, 4 * d), act=nn.GELU(gelu), fc2=nn.Linear(4 * d, d))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def attention(self, x):
@@ -285,9 +302,9 @@ class DiTBlock(nn.Module):
 
 class DiT(nn.Module):
     """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748); all names are those of
-    facebookresearch/DiT. `size` is one of DIT_SIZES and a patch: B/2."""
+    facebookresearch/DiT, whose `gelu` is "tanh". `size` is one of DIT_SIZES and a patch: B/2."""
 
-    def __init__(self, channels, side, num_classes, size="B/2"):
+    def __init__(self, channels, side, num_classes, size="B/2", gelu="none"):
         super().__init__()
         if size not in [f"{name}/{p}" for name in DIT_SIZES for p in range(1, side + 1) if side % p == 0]:
             raise SystemExit(f"error: --dit {size} does not fit latents of {side}x{side}: expected one of "
@@ -296,7 +313,7 @@ class DiT(nn.Module):
         self.x_embedder = named(proj=nn.Conv2d(channels, d, p, stride=p))
         self.t_embedder, self.y_embedder = embedders(d, num_classes)
         self.register_buffer("pos_embed", positions(d, side // p))
-        self.blocks = nn.ModuleList(DiTBlock(d, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(d, heads, gelu) for _ in range(depth))
         self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
@@ -323,7 +340,8 @@ class DiT(nn.Module):
 
 def build(config):
     if config.model == "dit":
-        return DiT(config.z_channels, config.side, len(config.classes), config.dit)
+        gelu = "tanh" if config.objective in ("ddpm", "sit") else "none"
+        return DiT(config.z_channels, config.side, len(config.classes), config.dit, gelu)
     return UNet(config.z_channels, config.side, len(config.classes), config.widths, config.blocks,
                 config.attention_at)
 
@@ -439,6 +457,8 @@ def draw(cfg, step, batch, device):
     t = (offset[0] + torch.arange(batch, device=device) / batch) % 1    # evenly spread (Kingma et al. 2021)
     if cfg.times == "logit-normal":                                     # Esser et al. 2024
         t = (math.sqrt(2) * torch.erfinv((2 * t - 1).clamp(-0.999998, 0.999998))).sigmoid()
+    if cfg.objective == "ddpm":                                         # steps 1 to 1000
+        t = (t * 1000).floor().add(1).clamp(max=1000) / 1000
     return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout
 
 
@@ -461,18 +481,43 @@ def start_noise(rows, shape, seed):
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def decode(coder, z, scale):
+def decode(coder, z, scale, shift=0.0):
     """Scaled latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
     parts = z.split(at_once(z.device, coder.factor * z.shape[-1]))
-    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale))) for part in parts])
+    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale, shift))) for part in parts])
 
 
-def load(path, device="cpu"):
-    """A trained denoiser with its averaged weights, and its VAE -> denoiser, VAE, checkpoint."""
-    state = data.load_checkpoint(path, "diffusion.py")
-    model = build(argparse.Namespace(**state["config"]))
+def published(path, objective):
+    """Weights of a DiT or SiT, whose names are ours -> what a diffusion.pt says of them. Of the last layer's
+    outputs (p, q, 2c) the latter c are a learned variance, for which no sampler here asks."""
+    weights = read_weights(path)
+    try:
+        (d, c, p, _), places = weights["x_embedder.proj.weight"].shape, weights["pos_embed"].shape[1]
+        classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+        depth = sum(name.endswith("attn.qkv.bias") for name in weights)
+        size, = (name for name in DIT_SIZES if DIT_SIZES[name][:2] == (d, depth))
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            weights[name] = weights[name].unflatten(0, (p * p, -1))[:, :c].flatten(0, 1)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {path} holds no DiT of a published size: {error}")
+    names = ResNet50_Weights.DEFAULT.meta["categories"] if classes == 1000 else [*map(str, range(classes))]
+    config = dict(model="dit", dit=f"{size}/{p}", objective=objective, z_channels=c, cfg=4.0, sample_steps=50,
+                  side=math.isqrt(places) * p, classes=names, data="a published run")
+    return {"config": config, "step": 0, "ema": weights}
+
+
+def load(path, device="cpu", objective="", coder=""):
+    """A trained denoiser with its averaged weights, and its VAE -> denoiser, VAE, checkpoint. With an
+    `objective` of published weights; `coder` is a file of another VAE to decode with."""
+    state = published(path, objective) if objective else data.load_checkpoint(path, "diffusion.py")
+    if coder:
+        other = open_vae(coder)
+        state |= {"vae": other["vae"], "vae_config": other["config"]}
+        state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift"), **state}
+    model, coder = build(argparse.Namespace(**state["config"])), load_vae(state, device)
     data.restore({"ema": model}, state)
-    return model.to(device).eval().requires_grad_(False), load_vae(state, device), state
+    state["config"]["size"] = state["config"]["side"] * coder.factor
+    return model.to(device).eval().requires_grad_(False), coder, state
 
 
 def find(given):
@@ -486,7 +531,11 @@ def find(given):
     path = given.get("vae") or f"{out}/vae.pt"
     if "vae" not in given and not os.path.exists(path):
         path = f"{home}/vae.pt" if home else data.newest("vae.pt", "vae.py")
-    found = data.load_checkpoint(path, "vae.py")
+    found = open_vae(path)
+    if not found["step"]:                               # published
+        if not home:
+            raise SystemExit(f"error: {path} does not say which images to encode: give --data")
+        found["config"] |= {"data": given["data"], "data_dir": "", "size": 256, "preset": given["data"]}
     print(f"taking the VAE of {path}, {found['step']:,} updates on {found['config']['data']}")
     out = out or os.path.dirname(path)
     return out, data.begin(f"{out}/diffusion.pt", given, "diffusion.py"), found
@@ -525,10 +574,14 @@ def main(argv=None):
             coder.encode = torch.compile(coder.encode, dynamic=False)   # chooses channels-last by itself
         file, scale = precompute(coder, train, folder, device, autocast, cfg.workers)
         latents, cfg.classes = Latents(file, train.labels), train.classes
-    null = len(cfg.classes)
+    scale = cfg.scale or vars(coder_cfg).get("scale") or scale
+    shift, null = cfg.shift or vars(coder_cfg).get("shift", 0.0), len(cfg.classes)
 
     # denoiser
     torch.manual_seed(cfg.seed)
+    if cfg.init and not state:
+        init = published(cfg.init, cfg.objective)
+        cfg.model, cfg.dit = "dit", init["config"]["dit"]
     model, home = build(cfg).to(device), "cpu" if cfg.ema_on_cpu else device
     ema = build(cfg).to(home).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
@@ -536,11 +589,17 @@ def main(argv=None):
     trained = {"model": model, "ema": ema, "opt": opt}
     if state:
         data.restore(trained, state)
+    elif cfg.init:
+        table = "y_embedder.embedding_table.weight"     # of other classes: starts anew
+        if len(init["ema"][table]) != null + 1:
+            init["ema"][table] = model.state_dict()[table]
+        data.restore({"model": model, "ema": ema}, init | {"model": init["ema"]})
     start = state["step"] if state else 0
     print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.objective}, on {len(latents):,} "
-          f"latents {[cfg.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}; {cfg.max_steps:,} updates "
-          f"of {world} x {steps} x {micro} on {device}{' in bf16' if cfg.bf16 else ''}")
+          f"latents {[cfg.z_channels, cfg.side, cfg.side]} of scale {scale:.4f} and shift {shift:g}; "
+          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}"
+          f"{' in bf16' if cfg.bf16 else ''}")
     if cfg.grad_checkpoint:
         recompute(model, ResBlock, DiTBlock)
     if cfg.compile:
@@ -555,14 +614,14 @@ def main(argv=None):
         with autocast:
             *_, z = sample(ema, cfg.objective, x, y, null, cfg.sample_steps, cfg.cfg)
         ema.to(home)
-        drawn = data.grid(decode(coder, z, scale), shown)
+        drawn = data.grid(decode(coder, z, scale, shift), shown)
         data.replace_file(f"{out}/samples_{step:06d}.png", lambda f: drawn.save(f, "png"))
 
     def save(step):
         if rank == 0:
             data.replace_file(f"{out}/diffusion.pt", lambda f: torch.save(
                 {"made_by": "diffusion.py", "config": vars(cfg), "step": step, "scale": scale,
-                 "vae": coder.state_dict(), "vae_config": vars(coder_cfg),
+                 "shift": shift, "vae": coder.state_dict(), "vae_config": vars(coder_cfg),
                  **{name: part.state_dict() for name, part in trained.items()}}, f))
 
     log = Log("" if cfg.bench else f"{out}/diffusion.csv", start, cfg.max_steps)
@@ -581,7 +640,7 @@ def main(argv=None):
             rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
             moments, y = next(batches)
             mean, logvar = moments.float().unbind(1)
-            x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale)
+            x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale, shift)
             y = torch.where(dropped[rows], null, y)
             run.require_backward_grad_sync = k == steps - 1     # DDP averages at the last micro-step only
             with autocast:

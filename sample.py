@@ -16,14 +16,19 @@ import time
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.models import ResNet50_Weights
 
 import data
 import diffusion
+import vae
 
 # ------------------------------------------------------------------------------------------------------------
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
+WEIGHTS = ""                # instead of a run: published weights of a DiT or SiT
+OBJECTIVE = ""              # one of ddpm, sit; what those weights learned
+VAE = ""                    # a vae.pt or published weights to decode with; empty: the run's
+SCALE = 0.0                 # from 0; of the latents; 0: the run's, or in the config.json beside --vae
+SHIFT = 0.0                 # from -1e6; of the latents
 CLASS = ()                  # classes, by index or name; empty: all (10 of them for a grid)
 COUNT = 0                   # from 0; images, spread evenly over the classes, 0: 8 of each
 CFG = -1.0                  # from -1; guidance scale, 1: none, below 0: as in the run's pictures
@@ -56,17 +61,18 @@ def find_class(word, classes):
     return names.index(word.lower())
 
 
-def write_png(path, image):
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{path}.part", "png")
-    os.replace(f"{path}.part", path)
-
-
 def main(argv=None):
     cfg = data.settings(globals(), data.flags(globals(), argv))
     device, autocast = data.start(cfg)
-    file = f"{cfg.out}/diffusion.pt" if cfg.out else data.newest("diffusion.pt", "diffusion.py")
-    model, coder, state = diffusion.load(file, device)
+    if bool(cfg.weights) != bool(cfg.objective) or (cfg.weights and not cfg.vae):
+        raise SystemExit("error: --weights, --objective ddpm or sit, and --vae belong together")
+    own = f"{cfg.out}/diffusion.pt" if cfg.out else ""
+    file = cfg.weights or own or data.newest("diffusion.pt", "diffusion.py")
+    model, coder, state = diffusion.load(file, device, cfg.objective, cfg.vae)
     run = argparse.Namespace(**state["config"])
+    scale, shift = cfg.scale or state["scale"], cfg.shift or state["shift"]
+    if not scale:
+        raise SystemExit(f"error: no config.json beside {cfg.vae} says the latents' scale: give --scale")
     print(f"taking {file}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
 
     # what to draw
@@ -119,12 +125,12 @@ def main(argv=None):
                 states = [x, *diffusion.sample(model, run.objective, x, y[rows].to(device), null, steps,
                                                guidance, cfg.sampler, cfg.interval)]
             for frame, z in enumerate(states[-frames:]):
-                drawn = data.gather(diffusion.decode(coder, z, state["scale"]))[:len(todo) - first]
+                drawn = data.gather(diffusion.decode(coder, z, scale, shift))[:len(todo) - first]
                 if kept:
                     pixels[frame, first:first + len(drawn)] = drawn
             if cfg.png and first_process:
                 names = [f"{cfg.png}/{i:06d}.png" for i in todo[first:first + len(drawn)]]
-                written += [pool.submit(write_png, name, image) for name, image in zip(names, drawn)]
+                written += [pool.submit(vae.write_png, name, image) for name, image in zip(names, drawn)]
             done = min(first + batch * data.WORLD, len(todo))
             rate = done / (time.perf_counter() - began)
             data.say(f"{done:,}/{len(todo):,} images  {rate:.1f} images/s", done == len(todo))

@@ -10,8 +10,11 @@ below). On two CPU cores the default takes 72 seconds and ends at a val_psnr of 
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
+import pathlib
+import re
 import sys
 import time
 import timeit
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,11 +48,15 @@ LOG_EVERY = 10              # from 1; updates between rows of the log
 SEED = 0                    # from 0; of the weights, the order of the images and all noise
 RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run
+INIT = ""                   # a vae.pt or published weights to start from, which also decide the shape
+TRAIN_ONLY = ""             # one of decoder; leave the rest of the VAE, and so all latents, as they are
 # model
 WIDTHS = (32, 64, 64)       # from 1; channels at each resolution, one halving between neighbours
 BLOCKS = 1                  # from 1; residual blocks at each resolution (the decoder has one more)
 Z_CHANNELS = 16             # from 1; of the latent
 ATTENTION = False           # self-attention at the lowest resolution
+GROUPS = 0                  # from 0; of the norms, 0: 32, or as many as leave each 4 channels
+QUANT = True                # the published 1x1 convolutions on both sides of the latent
 DISC_WIDTH = 32             # from 4; channels of the discriminator's first layer
 # loss
 L1_WEIGHT = 0.0             # from 0 to 1; pixel loss = (1 - this) * mse + this * l1
@@ -72,6 +80,10 @@ COMPILE = False             # torch.compile; unset, as in the other presets: on 
 GRAD_CHECKPOINT = False     # recompute residual blocks in the backward pass: a fifth of the memory, slower
 WORKERS = 8                 # from 1; threads that read images
 BENCH = False               # time twenty updates on random images and stop; writes nothing
+# instead of training
+EVAL = False                # PSNR, SSIM and the latents' figures over the whole validation split
+PNG = ""                    # with --eval: folder for the images (real/) and their reconstructions (recon/)
+EXPORT = ""                 # folder for the weights and a config.json, as diffusers reads them
 # ------------------------------------------------------------------------------------------------------------
 PRESETS = {
     "shapes": {},
@@ -208,10 +220,10 @@ class VAE(nn.Module):
     Layers start by keeping the variance of what they get, but for zeros at the end of residual blocks. The
     ends of the two halves are no zeros: the decoder would learn to ignore the latent."""
 
-    def __init__(self, widths, blocks=2, z_channels=4, attention=True):
+    def __init__(self, widths, blocks=2, z_channels=4, attention=True, groups=0, quant=True):
         super().__init__()
         self.factor, self.z_channels, self.wide = 2 ** (len(widths) - 1), z_channels, widths[0] >= 128
-        first, last, groups = widths[0], widths[-1], groups_for(*widths)
+        first, last, groups = widths[0], widths[-1], groups or groups_for(*widths)
         self.encoder = named(
             conv_in=nn.Conv2d(3, first, 3, padding=1),
             down_blocks=levels(widths, blocks, groups, Downsample, "downsamplers"),
@@ -224,12 +236,13 @@ class VAE(nn.Module):
             up_blocks=levels(widths[::-1], blocks + 1, groups, Upsample, "upsamplers"),
             conv_norm_out=norm(first, groups), conv_act=nn.SiLU(),
             conv_out=nn.Conv2d(first, 3, 3, padding=1))
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant else nn.Identity()
         for name, layer in self.named_modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith("conv2"):
                 nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)  # PyTorch's keeps a third
-        nn.init.constant_(self.quant_conv.bias.data[z_channels:], -4)   # log-variance: little noise at first
+        moments = self.quant_conv if quant else self.encoder.conv_out
+        nn.init.constant_(moments.bias.data[z_channels:], -4)           # log-variance: little noise at first
 
     def through(self, half, x):
         # faster on CPUs, but for GroupNorm's backward pass and small groups
@@ -428,14 +441,20 @@ def report(seconds, batch, one_image, cfg, device):
           f"{memory / 1e9:.2f} GB")
 
 
-# ---- training ----------------------------------------------------------------------------------------------
+# ---- weights, in and out -----------------------------------------------------------------------------------
 
-def cosine(start, end, progress):
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+RENAMED = [                 # from the original code's names (Rombach et al. 2022), and diffusers' older ones
+    (r"^first_stage_model\.", ""), (r"\.down\.(\d)", r".down_blocks.\1"),
+    (r"(blocks\.\d)\.block", r"\1.resnets"), (r"\.(up|down)sample\.", r".\1samplers.0."),
+    (r"\.nin_shortcut", ".conv_shortcut"), (r"\.norm_out", ".conv_norm_out"),
+    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
+    (r"mid\.attn_1", "mid_block.attentions.0"), (r"(attentions\.0)\.norm", r"\1.group_norm"),
+    (r"(attentions\.0)\.proj_(out|attn)", r"\1.to_out.0"),
+    (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2.")]
 
 
 def build(config):
-    return VAE(config.widths, config.blocks, config.z_channels, config.attention)
+    return VAE(config.widths, config.blocks, config.z_channels, config.attention, config.groups, config.quant)
 
 
 def load_vae(state, device="cpu"):
@@ -445,6 +464,84 @@ def load_vae(state, device="cpu"):
     return vae.to(device).eval().requires_grad_(False)
 
 
+def read_weights(path):
+    """The tensors of a published file by their names. No code in it is run: safetensors, if that package is
+    there, or a pickle of tensors alone."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's own checkpoints hold one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in ("state_dict", "ema"):
+            state = state.get(wrapper, state)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    except ImportError:
+        raise SystemExit(f"error: {path} needs a package: pip install safetensors")
+    except FileNotFoundError:
+        raise SystemExit(f"error: no {path}: name another file, or run vae.py first")
+    except Exception as error:
+        raise SystemExit(f"error: {path} is truncated, or more than tensors ({type(error).__name__}): load "
+                         f"what you trust with weights_only=False, and save its state_dict alone")
+
+
+def open_vae(path):
+    """A vae.pt, or published weights of a KL autoencoder -> what a vae.pt says. The shape is read from the
+    tensors; norm groups, scale and shift from a config.json beside the file, if there is one."""
+    weights, state = read_weights(path), {}
+    if not weights:                                                     # ours: its tensors lie deeper
+        return data.load_checkpoint(path, "vae.py")
+    top = max([int(level) for level in re.findall(r"\.up\.(\d)\.", " ".join(weights))], default=0)
+    for name, tensor in weights.items():
+        name = re.sub(r"\.up\.(\d)", lambda level: f".up_blocks.{top - int(level[1])}", name)    # was upwards
+        for old, new in RENAMED:
+            name = re.sub(old, new, name)
+        if re.match(r"(encoder|decoder|quant_conv|post_quant_conv)\.", name):
+            linear = ".attentions." in name                             # in the original, 1x1 convolutions
+            state[name] = tensor.reshape(tensor.shape[:2]) if linear else tensor
+    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
+        if name not in state:
+            raise SystemExit(f"error: {path} holds no KL autoencoder: there is no {name}")
+    blocks = {(i, j): state.get(f"encoder.down_blocks.{i}.resnets.{j}.conv1.weight")
+              for i in range(9) for j in range(9)}
+    file = pathlib.Path(path).with_name("config.json")
+    about = json.loads(file.read_text()) if file.exists() else {}
+    config = {"widths": tuple(len(blocks[i, 0]) for i in range(9) if blocks[i, 0] is not None),
+              "blocks": sum(blocks[0, j] is not None for j in range(9)),
+              "z_channels": state["decoder.conv_in.weight"].shape[1], "quant": "quant_conv.weight" in state,
+              "attention": "decoder.mid_block.attentions.0.to_q.weight" in state,
+              "groups": about.get("norm_num_groups", 32), "scale": about.get("scaling_factor", 0.0),
+              "shift": about.get("shift_factor") or 0.0}
+    return {"config": config, "step": 0, "vae": state}
+
+
+def export(cfg, weights, run):
+    """Write cfg.export, a folder that diffusers' AutoencoderKL.from_pretrained reads. The scale is that of
+    the last validation in the run's log."""
+    n, std = len(cfg.widths), np.genfromtxt(f"{run}/vae.csv", delimiter=",", names=True)["z_std"].flat[-1]
+    about = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+             "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
+             "block_out_channels": cfg.widths, "layers_per_block": cfg.blocks, "sample_size": cfg.size,
+             "latent_channels": cfg.z_channels, "mid_block_add_attention": cfg.attention,
+             "norm_num_groups": cfg.groups or groups_for(*cfg.widths), "scaling_factor": 1 / std,
+             "use_quant_conv": cfg.quant, "use_post_quant_conv": cfg.quant}
+    os.makedirs(cfg.export)
+    pathlib.Path(cfg.export, "config.json").write_text(json.dumps(about, indent=2))
+    file = f"{cfg.export}/diffusion_pytorch_model"
+    try:
+        from safetensors.torch import save_file
+        save_file(dict(weights), f"{file}.safetensors")
+    except ImportError:
+        torch.save(dict(weights), f"{file}.bin")
+    print(f"{cfg.export}: config.json and weights")
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+def cosine(start, end, progress):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def one_image(cfg):
     """Both players' forward and backward passes, for `report`."""
     vae, disc = build(cfg), Discriminator(cfg.size, cfg.disc_width)
@@ -452,12 +549,34 @@ def one_image(cfg):
     micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
 
 
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of images [n, 3, h, w] in [-1, 1], with its Gaussian window
+    of 11 pixels, where that lies inside -> [n]"""
+    n = min(11, *a.shape[2:])
+    line = torch.exp(-0.5 * ((torch.arange(n, device=a.device) - (n - 1) / 2) / 1.5) ** 2)
+    row = (line / line.sum()).expand(3, 1, 1, n)
+
+    def local(x):
+        return F.conv2d(F.conv2d(x, row, groups=3), row.transpose(2, 3), groups=3)
+
+    mean_a, mean_b, c1, c2 = local(a), local(b), 0.02 ** 2, 0.06 ** 2
+    var_a, var_b = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2
+    products = (2 * mean_a * mean_b + c1) * (2 * (local(a * b) - mean_a * mean_b) + c2)
+    return (products / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+def write_png(path, image):
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{path}.part", "png")
+    os.replace(f"{path}.part", path)
+
+
 @torch.no_grad()
 def evaluate(vae, val, cfg, step, device, autocast):
     """Validation figures of reconstructions from the mean; each process takes its share of the images. The
     first 8 go to recon_<step>.png, below their originals."""
     rows = data.order(len(val), 0, min(len(val), cfg.eval_images), seed=0)
-    sums = torch.zeros(5, device=device)
+    names = "val_mse", "val_psnr", "val_ssim", "val_kl", "z_mean", "z_std"
+    sums = torch.zeros(len(names), device=device)
     mine = rows.split(max(8, cfg.batch_size // data.WORLD))[data.RANK::data.WORLD]
     for k, (pixels, _) in enumerate(data.feed(val, mine, device, cfg.workers)):
         x = data.to_float(pixels)
@@ -467,21 +586,47 @@ def evaluate(vae, val, cfg, step, device, autocast):
         mse = (recon - x).square().mean((1, 2, 3))
         psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
         second = mean.square() + logvar.exp()                           # moment of z, over the noise too
-        sums += len(x) * torch.stack([v.mean() for v in (mse, psnr, kl_loss(mean, logvar), mean, second)])
-        if k == data.RANK == 0:
-            picture = data.grid(data.to_uint8(torch.cat([x[:8], recon[:8]])), columns=8)
+        values = mse, psnr, ssim(recon, x), kl_loss(mean, logvar), mean, second
+        sums += len(x) * torch.stack([value.mean() for value in values])
+        drawn = data.to_uint8(recon)
+        if k == data.RANK == 0 and cfg.out:
+            picture = data.grid(torch.cat([pixels[:8], drawn[:8]]), columns=8)
             data.replace_file(f"{cfg.out}/recon_{step:06d}.png", lambda f: picture.save(f, "png"))
-    mse, psnr, kl, mean, second = (data.total(sums) / len(rows)).tolist()
-    std = math.sqrt(second - mean ** 2)
-    return {"val_mse": mse, "val_psnr": psnr, "val_kl": kl, "z_mean": mean, "z_std": std}
+        for row, *pair in zip(mine[k].tolist(), pixels.cpu(), drawn.cpu()) if cfg.png else ():
+            for name, image in zip(("real", "recon"), pair):
+                write_png(f"{cfg.png}/{name}/{row:06d}.png", image)
+    figures = dict(zip(names, (data.total(sums) / len(rows)).tolist()))
+    return figures | {"z_std": math.sqrt(figures["z_std"] - figures["z_mean"] ** 2)}
+
+
+def assess(given):
+    """--eval and --export: a trained VAE's figures, or its weights in the layout of diffusers."""
+    home = data.folder_of(given["data"]) if "data" in given else ""
+    path = given.get("init") or (f"{given.get('out', home)}/vae.pt" if given.get("out", home) else
+                                 data.newest("vae.pt", "vae.py"))
+    state = open_vae(path)
+    cfg = data.settings(globals(), {"bf16": False, **given}, given.get("data", DATA), state)
+    if cfg.export:
+        return export(cfg, state["vae"], os.path.dirname(path))
+    device, autocast = data.start(cfg)
+    val = data.load(cfg.data, cfg.data_dir, cfg.size, state["config"].get("classes", ()))[1].in_memory()
+    cfg.out, cfg.eval_images = "", len(val)
+    for folder in ("real", "recon") if cfg.png else ():
+        os.makedirs(f"{cfg.png}/{folder}", exist_ok=True)
+    figures = evaluate(load_vae(state, device), val, cfg, state["step"], device, autocast)
+    print(f"{path}, {len(val):,} images: " + ", ".join(f"{key} {figures[key]:.4f}" for key in figures))
 
 
 def main(argv=None):
     given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
+    if given.get("eval") or given.get("export"):
+        return assess(given)
     out = given.get("out") or data.folder_of(given.get("data", DATA))
     state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
     cfg = data.settings(globals(), given, given.get("data", DATA), state)
-    cfg.out = out
+    cfg.out, init = out, None if state or not cfg.init else open_vae(cfg.init)
+    for key in ("widths", "blocks", "z_channels", "attention", "groups", "quant") if init else ():
+        setattr(cfg, key, init["config"][key])
     device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
     batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
@@ -508,8 +653,10 @@ def main(argv=None):
     vae_opt = torch.optim.AdamW(vae.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
     disc_opt = torch.optim.AdamW(disc.parameters(), cfg.disc_lr, BETAS, weight_decay=0.0, fused=True)
     trained = {"vae": vae, "disc": disc, "vae_opt": vae_opt, "disc_opt": disc_opt}
-    if state:
-        data.restore(trained, state)
+    if state or init:
+        data.restore(trained if state else {"vae": vae}, state or init)
+    if cfg.train_only:
+        vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
     start, side = state["step"] if state else 0, cfg.size // factor
     z_shape = (batch, cfg.z_channels, side, side)
     print(f"VAE of {sum(p.numel() for p in vae.parameters()):,} and discriminator of "
