@@ -513,7 +513,7 @@ def load(path, device="cpu", objective="", coder=""):
     if coder:
         other = open_vae(coder)
         state |= {"vae": other["vae"], "vae_config": other["config"]}
-        state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift"), **state}
+        state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift", 0.0), **state}
     model, coder = build(argparse.Namespace(**state["config"])), load_vae(state, device)
     data.restore({"ema": model}, state)
     state["config"]["size"] = state["config"]["side"] * coder.factor

@@ -92,7 +92,7 @@ def main(argv=None):
     tag += "_interval{:g}-{:g}".format(*cfg.interval) if cfg.interval != INTERVAL else ""
     tag += f"_count{count}" if cfg.count else ""
     name = "-".join(str(k) for k in chosen)[:60] if words else "all"
-    grid_file = f"{os.path.dirname(file)}/grid_{name}_{tag}.png"
+    grid_file = f"{cfg.out or os.path.dirname(file) or '.'}/grid_{name}_{tag}.png"
     record = pathlib.Path(cfg.png, "settings.txt")
     settings = f"{count} images of classes {chosen}, {tag}, after {state['step']} updates of {run.data}, " \
                f"last weights {[*state['ema'].values()][-1].sum().item()}\n"
@@ -103,7 +103,7 @@ def main(argv=None):
     exist, todo = data.from_first((exist, todo))
     for made in exist:
         raise SystemExit(f"error: {made} exists, of other settings: name another, or remove it")
-    for folder in (cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
+    for folder in (cfg.out, cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
         os.makedirs(folder or ".", exist_ok=True)
     first_process, frames = data.RANK == 0, steps + 1 if cfg.gif else 1
     if cfg.png and first_process:

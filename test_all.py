@@ -2,6 +2,7 @@
 
 SLOW=1 python -m pytest -qs test_all.py -k judge  repeats the README's measurement on `shapes`, in minutes.
 """
+import argparse
 import itertools
 import multiprocessing
 import os
@@ -1054,6 +1055,133 @@ def test_gpu_updates_wait_for_nothing(extra, monkeypatch):
         run(script, *flags, *"--max-steps 10 --log-every 10".split(), *ON_GPU, *extra)
         assert len(steps) == 10 + encoded and not torch._dynamo.utils.counters["graph_break"]
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+# ---- published weights -------------------------------------------------------------------------------------
+
+def original(name, levels):
+    """diffusers' name of a tensor as the original code has it."""
+    half, *rest = name.split(".")
+    if rest[0] in ("down_blocks", "up_blocks"):
+        way, level, layer = rest[0][:-7], int(rest[1]), rest[3:]
+        level = levels - 1 - level if way == "up" else level
+        rest = ["block", *layer] if rest[2] == "resnets" else [f"{way}sample", *layer[1:]]
+        rest = [way, str(level), *rest]
+    elif rest[:2] == ["mid_block", "resnets"]:
+        rest = ["mid", f"block_{int(rest[2]) + 1}", *rest[3:]]
+    elif rest[0] == "mid_block":
+        layer = {"group_norm": "norm", "to_out": "proj_out"}.get(rest[3], rest[3][-1])
+        rest = ["mid", "attn_1", layer, rest[-1]]
+    shorter = {"conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
+    return ".".join(["first_stage_model", half, *(shorter.get(part, part) for part in rest)])
+
+
+def randomise(module):
+    torch.manual_seed(0)
+    [torch.nn.init.normal_(p, std=0.1) for p in module.parameters()]
+    return module
+
+
+@pytest.mark.parametrize("quant", [True, False])
+def test_published_vaes(quant):
+    """Under diffusers' names, its older ones and the original code's, among others: the same VAE."""
+    model, x = randomise(vae.VAE((32, 64, 64), 2, 3, True, 16, quant)), torch.randn(2, 3, 16, 16)
+    state, older, first, want = model.state_dict(), {}, {"loss.logvar": torch.zeros(())}, model.encode(x)
+    for name, tensor in state.items():
+        linear = "attentions" in name and tensor.ndim == 2
+        first[original(name, 3)] = tensor[:, :, None, None] if linear else tensor
+        for new, old in ("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"):
+            name = name.replace(f".{new}.", f".{old}.")
+        older[name] = tensor
+    Path("config.json").write_text('{"norm_num_groups": 16, "scaling_factor": 0.5, "shift_factor": 0.1}')
+    for weights in (state, older, {"state_dict": first, "args": argparse.Namespace(lr=1)}):
+        torch.save(weights, "w.ckpt")
+        found = vae.open_vae("w.ckpt")
+        again = vae.load_vae(found)
+        assert_close((again.encode(x), again.decode(want[0])), (want, model.decode(want[0])), rtol=0, atol=0)
+        assert (found["config"]["scale"], found["config"]["shift"]) == (0.5, 0.1)
+    for name, wrong in (("decoder.conv_in.weight", {}), ("encoder.mid_block.resnets.1.norm2.bias", {}),
+                        ("encoder.conv_out.bias", {"encoder.conv_out.bias": torch.ones(5)})):
+        torch.save({key: state[key] for key in state if key != name} | wrong, "w.ckpt")
+        assert name in stopped(lambda: vae.load_vae(vae.open_vae("w.ckpt")))
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_exported_vae_goes_on(package, trained, own, monkeypatch, capsys):
+    """config.json and weights, with and without safetensors: to fine-tune, to encode with, to decode with."""
+    if package:
+        pytest.importorskip("safetensors")
+    else:
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    shutil.copy(trained / "vae.csv", own), run(vae, "--out", own, "--export", "given"), capsys.readouterr()
+    file, = Path("given").glob("diffusion_pytorch_model.*")
+    assert file.suffix == (".safetensors" if package else ".bin")
+    Path("given/w.safetensors").touch()
+    assert package or "pip install safetensors" in stopped(run, diffusion, "--vae", "given/w.safetensors")
+    run(vae, "--eval", "--data", "images", "--size", 16, "--init", file, "--png", "png")
+    figures = dict(re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.splitlines()[-1]))
+    log, folders = columns(own / "vae.csv"), (Path("png/real"), Path("png/recon"))
+    assert float(figures["val_psnr"]) == approx(log["val_psnr"][-1], abs=1e-3)
+    real, recon = (np.stack([pixels_of(file) for file in sorted(folder.iterdir())]) for folder in folders)
+    psnr = np.mean(10 * np.log10(255 ** 2 / ((real - recon) ** 2).mean((1, 2, 3))))
+    assert len(real) == 20 and psnr == approx(log["val_psnr"][-1], abs=0.01)
+    run(vae, *TINY_VAE, "--init", file, "--train-only", "decoder", "--out", "tuned", "--lr", 1e-2)
+    a, b = (torch.load(f"{out}/vae.pt")["vae"] for out in (own, "tuned"))
+    same = {name: torch.equal(a[name], b[name]) for name in a}
+    assert columns("tuned/vae.csv")["val_psnr"][0] == approx(log["val_psnr"][-1], abs=1e-3)
+    assert all(same[k] == k.startswith(("encoder", "quant_conv")) for k in a if k.endswith("weight")), same
+    assert "--data" in stopped(run, diffusion, "--vae", file)
+    run(diffusion, *TINY_UNET, *"--data images --preset shapes --size 16 --out new --vae".split(), file)
+    assert torch.load("new/diffusion.pt")["scale"] == approx(1 / log["z_std"][-1], rel=1e-3)
+    run(sample, "--out", "new", "--vae", "tuned/vae.pt"), run(sample, "--out", "new", "--seed", 1)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "sit"])
+def test_published_denoisers(objective, own, capsys):
+    """Fifty guided steps with their own formulas, DDIM's and Euler's, on the model's own inputs."""
+    model = randomise(diffusion.DiT(4, 8, 3, "XS/2", "tanh"))
+    state, linear, null = dict(model.state_dict()), "final_layer.linear", 3
+    for kind in ("weight", "bias"):                     # among rows of a learned variance
+        rows = state[f"{linear}.{kind}"].unflatten(0, (4, 4))
+        state[f"{linear}.{kind}"] = torch.cat([rows, torch.randn_like(rows)], 1).flatten(0, 1)
+    torch.save({"ema": state, "args": argparse.Namespace()}, "w.pt")
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 2])
+
+    def raw(x, t):
+        u, c = (model(x, torch.full((2,), t), labels) for labels in (torch.full_like(y, null), y))
+        return u + 3 * (c - u)
+
+    want, kept = x, np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])
+    for k in range(50):
+        if objective == "sit":                          # from noise at 0 to data at 1, times not in thousands
+            want = want + raw(want, k / 50 / 1000) / 50
+        else:                                           # step 999 first, then 979, ...; after 19 none is left
+            step, e = 1000 - 20 * k, raw(want, (999 - 20 * k) / 1000)
+            x0 = (want - (1 - kept[step]) ** 0.5 * e) / kept[step] ** 0.5
+            want = kept[step - 20] ** 0.5 * x0 + (1 - kept[step - 20]) ** 0.5 * e
+    found = diffusion.published("w.pt", objective)
+    again = diffusion.build(SimpleNamespace(**found["config"]))
+    again.load_state_dict(found["ema"])
+    *_, got = diffusion.sample(again, objective, x, y, null, 50, 3.0)
+    assert_close(got, want, rtol=1e-3, atol=1e-3 * want.std().item())
+    flags = "--weights", "w.pt", "--vae", own / "vae.pt", "--class", 2, "--scale", 1.5, "--out", "pictures"
+    run(sample, *flags, "--objective", objective)
+    assert pixels_of(*Path("pictures").glob("grid_2_*")).std() > 1
+    assert "belong together" in stopped(run, sample, *flags)
+    run(diffusion, *TINY_UNET, "--init", "w.pt", "--objective", objective, *"--lr 0 --lr-min 0".split())
+    assert_close(weights(own / "diffusion.pt")["model"], dict(again.state_dict()))
+    del state["x_embedder.proj.weight"]
+    torch.save(state, "w.pt")
+    assert "x_embedder.proj.weight" in stopped(run, sample, *flags, "--objective", objective)
+
+
+def test_ssim():
+    """As scikit-image 0.26 gives it with gaussian_weights, sigma 1.5 and no sample covariance."""
+    rng = np.random.default_rng(0)
+    a = rng.random((24, 20, 3))
+    b = np.clip(a + 0.2 * rng.standard_normal(a.shape), 0, 1)
+    images = [torch.from_numpy(image * 2 - 1).permute(2, 0, 1)[None].float() for image in (a, b)]
+    assert vae.ssim(*images).item() == approx(0.8153242, abs=1e-5)
 
 
 # ---- settings, and what users get wrong --------------------------------------------------------------------

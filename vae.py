@@ -559,7 +559,8 @@ def ssim(a, b):
     def local(x):
         return F.conv2d(F.conv2d(x, row, groups=3), row.transpose(2, 3), groups=3)
 
-    mean_a, mean_b, c1, c2 = local(a), local(b), 0.02 ** 2, 0.06 ** 2
+    a, b, c1, c2 = (a + 1) / 2, (b + 1) / 2, 0.01 ** 2, 0.03 ** 2       # its constants are for [0, 1]
+    mean_a, mean_b = local(a), local(b)
     var_a, var_b = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2
     products = (2 * mean_a * mean_b + c1) * (2 * (local(a * b) - mean_a * mean_b) + c2)
     return (products / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
