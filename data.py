@@ -30,7 +30,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
-IN_MEMORY = 4e9             # bytes; a set up to this size is decoded once, a larger one file by file
+
 MAX_BAD = 0.01              # share of unreadable images above which a run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
@@ -141,13 +141,6 @@ class Images:
         pixels = torch.stack([self.read(row) for row in rows.tolist()]) if pixels is None else pixels[rows]
         return pixels, self.labels[rows]
 
-    def in_memory(self):
-        """The same, with all files read now, if they fit."""
-        if self.files and len(self) * 3 * self.size ** 2 <= IN_MEMORY:
-            print(f"reading {len(self):,} images in {self.folder}")
-            with threads(os.cpu_count()) as pool:
-                self.pixels = torch.stack(list(pool.map(self.read, range(len(self)))))
-        return self
 
     def read(self, row):
         """Decode one file; one that cannot be read is named once, and the next of its class stands in."""
@@ -213,9 +206,9 @@ def load(data, data_dir="", size=32, expected=()):
     if os.path.isdir(val):
         _, val_files, val_labels = list_folder(val, classes)
     else:
-        held, val = np.arange(len(files)) % HOLD_OUT == 0, train
-        val_files, val_labels = files[::HOLD_OUT], labels[held]
-        files, labels = list(itertools.compress(files, ~held)), labels[~held]
+        val, val_files, val_labels = train, files[::HOLD_OUT], labels[::HOLD_OUT]
+        del files[::HOLD_OUT]
+        labels = np.delete(labels, np.s_[::HOLD_OUT])
     if not val_files:
         raise SystemExit(f"error: {val} holds no image of the classes in {train}: fill or remove it")
     return (Images(classes, labels, size, folder=train, files=files),
@@ -459,16 +452,14 @@ def stop_asked():
 
 def leave(number, message):
     """End a run that a signal stopped: with status 0 after SIGTERM, a scheduler's pre-emption, else 1."""
-    print(f"\n{message}")
+    print(message)
     sys.exit(0 if number == signal.SIGTERM else 1)
 
 
 def say(line, last=False):
-    """Progress: on a terminal one line that changes, in a file a line every ten seconds."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-    elif last or time.monotonic() > say.next:
-        say.next = time.monotonic() + 10
+    """Progress: a line every five seconds, and the last."""
+    if last or time.monotonic() > say.next:
+        say.next = time.monotonic() + 5
         print(line)
 
 

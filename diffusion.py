@@ -531,8 +531,8 @@ def find(given):
     path = given.get("vae") or f"{out}/vae.pt"
     if "vae" not in given and not os.path.exists(path):
         path = f"{home}/vae.pt" if home else data.newest("vae.pt", "vae.py")
-    found = open_vae(path)
-    if not found["step"]:                               # published
+    found = open_vae(path) if "vae" in given else data.load_checkpoint(path, "vae.py")
+    if "data" not in found["config"]:                   # published
         if not home:
             raise SystemExit(f"error: {path} does not say which images to encode: give --data")
         found["config"] |= {"data": given["data"], "data_dir": "", "size": 256, "preset": given["data"]}

@@ -443,6 +443,7 @@ def report(seconds, batch, one_image, cfg, device):
 
 # ---- weights, in and out -----------------------------------------------------------------------------------
 
+SHAPE = "widths", "blocks", "z_channels", "attention", "groups", "quant"
 RENAMED = [                 # from the original code's names (Rombach et al. 2022), and diffusers' older ones
     (r"^first_stage_model\.", ""), (r"\.down\.(\d)", r".down_blocks.\1"),
     (r"(blocks\.\d)\.block", r"\1.resnets"), (r"\.(up|down)sample\.", r".\1samplers.0."),
@@ -476,13 +477,9 @@ def read_weights(path):
         for wrapper in ("state_dict", "ema"):
             state = state.get(wrapper, state)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    except ImportError:
-        raise SystemExit(f"error: {path} needs a package: pip install safetensors")
-    except FileNotFoundError:
-        raise SystemExit(f"error: no {path}: name another file, or run vae.py first")
     except Exception as error:
-        raise SystemExit(f"error: {path} is truncated, or more than tensors ({type(error).__name__}): load "
-                         f"what you trust with weights_only=False, and save its state_dict alone")
+        raise SystemExit(f"error: cannot read {path}: {str(error).splitlines()[0]:.90} (for .safetensors pip "
+                         f"install safetensors; of a pickle that holds more, save the state_dict alone)")
 
 
 def open_vae(path):
@@ -492,25 +489,26 @@ def open_vae(path):
     if not weights:                                                     # ours: its tensors lie deeper
         return data.load_checkpoint(path, "vae.py")
     top = max([int(level) for level in re.findall(r"\.up\.(\d)\.", " ".join(weights))], default=0)
-    for name, tensor in weights.items():
+    for name, tensor in sorted(weights.items()):
         name = re.sub(r"\.up\.(\d)", lambda level: f".up_blocks.{top - int(level[1])}", name)    # was upwards
         for old, new in RENAMED:
             name = re.sub(old, new, name)
         if re.match(r"(encoder|decoder|quant_conv|post_quant_conv)\.", name):
             linear = ".attentions." in name                             # in the original, 1x1 convolutions
             state[name] = tensor.reshape(tensor.shape[:2]) if linear else tensor
-    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
-        if name not in state:
-            raise SystemExit(f"error: {path} holds no KL autoencoder: there is no {name}")
-    blocks = {(i, j): state.get(f"encoder.down_blocks.{i}.resnets.{j}.conv1.weight")
-              for i in range(9) for j in range(9)}
+    if "decoder.conv_in.weight" not in state:
+        raise SystemExit(f"error: {path} holds no KL autoencoder: there is no decoder.conv_in.weight")
+
+    def lengths(level, block):
+        pattern = rf"encoder\.down_blocks\.{level}\.resnets\.{block}\.conv1\.bias"
+        return tuple(len(tensor) for name, tensor in state.items() if re.fullmatch(pattern, name))
+
     file = pathlib.Path(path).with_name("config.json")
     about = json.loads(file.read_text()) if file.exists() else {}
-    config = {"widths": tuple(len(blocks[i, 0]) for i in range(9) if blocks[i, 0] is not None),
-              "blocks": sum(blocks[0, j] is not None for j in range(9)),
+    config = {"widths": lengths(r"\d", 0), "blocks": len(lengths(0, r"\d")),
               "z_channels": state["decoder.conv_in.weight"].shape[1], "quant": "quant_conv.weight" in state,
               "attention": "decoder.mid_block.attentions.0.to_q.weight" in state,
-              "groups": about.get("norm_num_groups", 32), "scale": about.get("scaling_factor", 0.0),
+              "groups": about.get("norm_num_groups", 32), "scale": about.get("scaling_factor"),
               "shift": about.get("shift_factor") or 0.0}
     return {"config": config, "step": 0, "vae": state}
 
@@ -555,10 +553,7 @@ def ssim(a, b):
     n = min(11, *a.shape[2:])
     line = torch.exp(-0.5 * ((torch.arange(n, device=a.device) - (n - 1) / 2) / 1.5) ** 2)
     row = (line / line.sum()).expand(3, 1, 1, n)
-
-    def local(x):
-        return F.conv2d(F.conv2d(x, row, groups=3), row.transpose(2, 3), groups=3)
-
+    local = lambda x: F.conv2d(F.conv2d(x, row, groups=3), row.transpose(2, 3), groups=3)
     a, b, c1, c2 = (a + 1) / 2, (b + 1) / 2, 0.01 ** 2, 0.03 ** 2       # its constants are for [0, 1]
     mean_a, mean_b = local(a), local(b)
     var_a, var_b = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2
@@ -602,15 +597,15 @@ def evaluate(vae, val, cfg, step, device, autocast):
 
 def assess(given):
     """--eval and --export: a trained VAE's figures, or its weights in the layout of diffusers."""
-    home = data.folder_of(given["data"]) if "data" in given else ""
-    path = given.get("init") or (f"{given.get('out', home)}/vae.pt" if given.get("out", home) else
-                                 data.newest("vae.pt", "vae.py"))
+    own = f"{given['out']}/vae.pt" if "out" in given else ""
+    path = given.get("init") or own or data.newest("vae.pt", "vae.py")
     state = open_vae(path)
-    cfg = data.settings(globals(), {"bf16": False, **given}, given.get("data", DATA), state)
+    cfg = data.settings(globals(), given, given.get("data", DATA), state)
     if cfg.export:
         return export(cfg, state["vae"], os.path.dirname(path))
+    cfg.bf16 = given.get("bf16", False)                                 # as published figures are made
     device, autocast = data.start(cfg)
-    val = data.load(cfg.data, cfg.data_dir, cfg.size, state["config"].get("classes", ()))[1].in_memory()
+    _, val = data.load(cfg.data, cfg.data_dir, cfg.size, state["config"].get("classes", ()))
     cfg.out, cfg.eval_images = "", len(val)
     for folder in ("real", "recon") if cfg.png else ():
         os.makedirs(f"{cfg.png}/{folder}", exist_ok=True)
@@ -624,10 +619,10 @@ def main(argv=None):
         return assess(given)
     out = given.get("out") or data.folder_of(given.get("data", DATA))
     state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
-    cfg = data.settings(globals(), given, given.get("data", DATA), state)
-    cfg.out, init = out, None if state or not cfg.init else open_vae(cfg.init)
-    for key in ("widths", "blocks", "z_channels", "attention", "groups", "quant") if init else ():
-        setattr(cfg, key, init["config"][key])
+    init = open_vae(given["init"]) if "init" in given and not state else None
+    shape = {"config": {key: init["config"][key] for key in SHAPE}} if init else None
+    cfg = data.settings(globals(), given, given.get("data", DATA), state or shape)
+    cfg.out = out
     device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
     batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
@@ -640,8 +635,7 @@ def main(argv=None):
         train, cfg.max_steps, cfg.log_every = data.Images(range(1000), range(256), cfg.size, pixels), 20, 1
     else:
         os.makedirs(out, exist_ok=True)
-        splits = data.load(cfg.data, cfg.data_dir, cfg.size, state and state["config"]["classes"])
-        train, val = (split.in_memory() for split in splits)
+        train, val = data.load(cfg.data, cfg.data_dir, cfg.size, state and state["config"]["classes"])
         cfg.classes, counts = train.classes, np.bincount(train.labels)
         print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images of {cfg.size} pixels, "
               f"{counts.min():,} to {counts.max():,} in each of {len(counts):,} classes, "
