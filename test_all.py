@@ -1313,7 +1313,7 @@ def test_checkpoints_that_do_not_fit(trained, own):
     torch.save(SimpleNamespace(evil=os.system), "evil.pt"), torch.save({"vae": torch.ones(3)}, "other.pt")
     Path("short.pt").write_bytes(whole[:5000]), Path("pickle.pt").write_bytes(evil)
     for name in ("short", "pickle", "evil", "other"):
-        assert f"{name}.pt " in stopped(run, diffusion, "--vae", f"{name}.pt")
+        assert f"{name}.pt" in stopped(run, diffusion, "--vae", f"{name}.pt")
     os.mkdir("bad")
     for file, script, flags in (("vae.pt", vae, ["--resume", "--out", "bad"]),
                                 ("diffusion.pt", sample, ["--out", "bad"])):
