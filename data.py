@@ -342,7 +342,7 @@ def settings(script, given, preset="", state=None):
     for key in ("resume", "overwrite", "out", "device"):        # these are the call's
         saved.pop(key, None)
     for key in saved.keys() & given.keys():
-        if saved[key] != given[key]:
+        if given.get("resume") and saved[key] != given[key]:
             print(f"resume: {key} was {saved[key]}, is now {given[key]}")
     presets = script.get("PRESETS", {"imagenet": {}})
     row = given.get("preset") or saved.get("preset") or (preset if preset in presets else "imagenet")

@@ -536,7 +536,7 @@ def find(given):
         if not home:
             raise SystemExit(f"error: {path} does not say which images to encode: give --data")
         found["config"] |= {"data": given["data"], "data_dir": "", "size": 256, "preset": given["data"]}
-    print(f"taking the VAE of {path}, {found['step']:,} updates on {found['config']['data']}")
+    print(f"taking the VAE of {path}" + f", {found['step']:,} updates" * bool(found["step"]))
     out = out or os.path.dirname(path)
     return out, data.begin(f"{out}/diffusion.pt", given, "diffusion.py"), found
 

@@ -73,7 +73,8 @@ def main(argv=None):
     scale, shift = cfg.scale or state["scale"], cfg.shift or state["shift"]
     if not scale:
         raise SystemExit(f"error: no config.json beside {cfg.vae} says the latents' scale: give --scale")
-    print(f"taking {file}: {run.model}, {run.objective}, {state['step']:,} updates on {run.data}")
+    updates = f", {state['step']:,} updates on {run.data}" if state["step"] else ""
+    print(f"taking {file}: {run.model}, {run.objective}{updates}")
 
     # what to draw
     if cfg.interval[0] > cfg.interval[1]:

@@ -1269,7 +1269,8 @@ def test_samples_and_class_names(trained, capsys):
 def test_documented_commands_parse():
     """Those of README and of the docstrings: torchrun's flags by its own parser, the rest by ours."""
     text = "\n".join((HERE / name).read_text() for name in "README.md vae.py diffusion.py sample.py".split())
-    found = re.findall(r'(?:(torchrun) (.*?) |python )(\w+)\.py((?: (?:"[^"]*"|[^\s#&|`"]+))*)', text)
+    words = r'((?: (?:"[^"]*"|[^\s#&|`"]+))*)'
+    found = re.findall(r"(?:(torchrun) (.*?) |python )(vae|diffusion|sample)\.py" + words, text)
     assert len(found) > 15 and sum(bool(torchrun) for torchrun, *_ in found) > 3
     for torchrun, its, script, ours in found:
         if torchrun:
