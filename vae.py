@@ -473,7 +473,7 @@ def read_weights(path):
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's own checkpoints hold one
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for wrapper in ("state_dict", "ema"):
             state = state.get(wrapper, state)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
