@@ -67,7 +67,7 @@ LR_WARMUP = 100             # from 0; updates of linear warmup
 CLIP = 1.0                  # from 1e-6; gradient norm
 EMA = 0.998                 # from 0 to 1; decay of the averaged weights
 # pictures
-CFG = 3.0                   # from 0; guidance scale, here and sample.py's default
+CFG = 2.0                   # from 0; guidance scale, here and sample.py's default
 SAMPLE_STEPS = 25           # from 1; sampler steps, here and sample.py's default
 SAMPLES = 80                # from 0; images in a picture, of ten classes at most; 0: no pictures
 # system
@@ -491,6 +491,8 @@ def published(path, objective):
     """Weights of a DiT or SiT, whose names are ours -> what a diffusion.pt says of them. Of the last layer's
     outputs (p, q, 2c) the latter c are a learned variance, for which no sampler here asks."""
     weights = read_weights(path)
+    if objective not in ("ddpm", "sit"):
+        raise SystemExit(f"error: {path} learned --objective ddpm, if it is a DiT, or sit, not {objective}")
     try:
         (d, c, p, _), places = weights["x_embedder.proj.weight"].shape, weights["pos_embed"].shape[1]
         classes = len(weights["y_embedder.embedding_table.weight"]) - 1
@@ -512,10 +514,12 @@ def load(path, device="cpu", objective="", coder=""):
     state = published(path, objective) if objective else data.load_checkpoint(path, "diffusion.py")
     if coder:
         other = open_vae(coder)
-        state |= {"vae": other["vae"], "vae_config": other["config"]}
-        state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift", 0.0), **state}
+        state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift", 0.0), **state,
+                 "vae": other["vae"], "vae_config": other["config"]}
     model, coder = build(argparse.Namespace(**state["config"])), load_vae(state, device)
     data.restore({"ema": model}, state)
+    if coder.z_channels != state["config"]["z_channels"]:
+        raise SystemExit(f"error: the VAE has {coder.z_channels} latent channels, {path} another number")
     state["config"]["size"] = state["config"]["side"] * coder.factor
     return model.to(device).eval().requires_grad_(False), coder, state
 

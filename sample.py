@@ -95,8 +95,8 @@ def main(argv=None):
     name = "-".join(str(k) for k in chosen)[:60] if words else "all"
     grid_file = f"{cfg.out or os.path.dirname(file) or '.'}/grid_{name}_{tag}.png"
     record = pathlib.Path(cfg.png, "settings.txt")
-    settings = f"{count} images of classes {chosen}, {tag}, after {state['step']} updates of {run.data}, " \
-               f"last weights {[*state['ema'].values()][-1].sum().item()}\n"
+    last = [*state["ema"].values()][-1].sum().item()
+    settings = f"{count} of classes {chosen}, {tag}, {state['step']} updates, {last}, {scale:g}, {cfg.vae}\n"
     exist, todo = [made for made in (cfg.png, cfg.npz, cfg.gif) if os.path.exists(made)], list(range(count))
     if cfg.png in exist and record.exists() and record.read_text() == settings:
         exist.remove(cfg.png)

@@ -800,7 +800,7 @@ def test_two_processes_equal_one(trained, own):
     assert [file.name for file in files] == [*[f"{i:06d}.png" for i in range(7)], "settings.txt"]
     assert one["arr_1"].tolist() == two["arr_1"].tolist() and Image.open("two.gif").n_frames == 5
     pairs = [[pixels_of(run / f"{name}.png") for run in (own, trained)] for name in (
-        "recon_000004", "grid_all_cfg3_euler4_seed5_count7")] + [[pixels_of("one.gif"), pixels_of("two.gif")]]
+        "recon_000004", "grid_all_cfg2_euler4_seed5_count7")] + [[pixels_of("one.gif"), pixels_of("two.gif")]]
     for a, b in ((one["arr_0"], two["arr_0"]), (one["arr_0"], list(map(pixels_of, files[:7]))), *pairs):
         assert np.abs(np.array(a, int) - b).max() <= 1
 
@@ -1170,6 +1170,13 @@ def test_published_denoisers(objective, own, capsys):
     run(sample, *flags, "--objective", objective)
     assert pixels_of(*Path("pictures").glob("grid_2_*")).std() > 1
     assert "belong together" in stopped(run, sample, *flags)
+    assert "not flow" in stopped(run, diffusion, *TINY_UNET, "--init", "w.pt")
+    torch.save(vae.VAE((8, 16), 1, 3, False).state_dict(), "other.pt")
+    wrong = *flags[:2], "--vae", "other.pt", "--objective", objective
+    Path("config.json").write_text("[1]")
+    assert "config.json is no" in stopped(run, sample, *wrong)
+    Path("config.json").write_text('{"norm_num_groups": 2}')
+    assert "3 latent channels" in stopped(run, sample, *wrong)
     run(diffusion, *TINY_UNET, "--init", "w.pt", "--objective", objective, *"--lr 0 --lr-min 0".split())
     assert_close(weights(own / "diffusion.pt")["model"], dict(again.state_dict()))
     del state["x_embedder.proj.weight"]
@@ -1249,7 +1256,7 @@ def test_samples_and_class_names(trained, capsys):
     flags = "--out", trained, "--count", 5, "--class", "cross", 2, "--no-bf16"
     run(sample, *flags, "--npz", "a.npz", "--png", "png"), run(sample, *flags)
     run(sample, *flags, "--npz", "deep/b.npz", "--batch-size", 2, "--gif", "x.gif")
-    a, b, grid = np.load("a.npz"), np.load("deep/b.npz"), trained / "grid_1-2_cfg3_euler4_seed0_count5.png"
+    a, b, grid = np.load("a.npz"), np.load("deep/b.npz"), trained / "grid_1-2_cfg2_euler4_seed0_count5.png"
     assert a["arr_1"].tolist() == [1, 2, 1, 2, 1] and Image.open("x.gif").n_frames == 5
     assert a["arr_0"].dtype == np.uint8 and np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     for same in (pixels_of("png/000003.png"), pixels_of(grid)[20:36, 20:36]):

@@ -498,14 +498,14 @@ def open_vae(path):
             state[name] = tensor.reshape(tensor.shape[:2]) if linear else tensor
     if "decoder.conv_in.weight" not in state:
         raise SystemExit(f"error: {path} holds no KL autoencoder: there is no decoder.conv_in.weight")
-
-    def lengths(level, block):
-        pattern = rf"encoder\.down_blocks\.{level}\.resnets\.{block}\.conv1\.bias"
-        return tuple(len(tensor) for name, tensor in state.items() if re.fullmatch(pattern, name))
-
+    resnets = [name for name in sorted(state) if re.match(r"encoder\.down_blocks.*\.conv1\.bias", name)]
     file = pathlib.Path(path).with_name("config.json")
-    about = json.loads(file.read_text()) if file.exists() else {}
-    config = {"widths": lengths(r"\d", 0), "blocks": len(lengths(0, r"\d")),
+    try:
+        about = dict(json.loads(file.read_text())) if file.exists() else {}
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"error: {file} is no configuration of a VAE: {error}")
+    config = {"widths": tuple(len(state[name]) for name in resnets if ".resnets.0." in name),
+              "blocks": sum(".down_blocks.0." in name for name in resnets),
               "z_channels": state["decoder.conv_in.weight"].shape[1], "quant": "quant_conv.weight" in state,
               "attention": "decoder.mid_block.attentions.0.to_q.weight" in state,
               "groups": about.get("norm_num_groups", 32), "scale": about.get("scaling_factor"),
@@ -547,6 +547,7 @@ def one_image(cfg):
     micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
 
 
+@torch.backends.cudnn.flags(enabled=False)      # whose TF32 is too coarse for differences of means of squares
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of images [n, 3, h, w] in [-1, 1], with its Gaussian window
     of 11 pixels, where that lies inside -> [n]"""
@@ -619,7 +620,7 @@ def main(argv=None):
         return assess(given)
     out = given.get("out") or data.folder_of(given.get("data", DATA))
     state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
-    init = open_vae(given["init"]) if "init" in given and not state else None
+    init = open_vae(given.get("init", INIT)) if given.get("init", INIT) and not state else None
     shape = {"config": {key: init["config"][key] for key in SHAPE}} if init else None
     cfg = data.settings(globals(), given, given.get("data", DATA), state or shape)
     cfg.out = out
