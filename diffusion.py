@@ -87,7 +87,7 @@ PRESETS = {
         COMPILE=None),
     "imagenet": dict(
         MAX_STEPS=400_000, BATCH_SIZE=32, ACCUM=8, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384),
-        BLOCKS=2, DIT="B/2", TIMES="uniform", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0,
+        BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0,
         SAMPLE_STEPS=50, SAMPLES=20, COMPILE=None),
 }
 DIT_SIZES = {                # width, depth, heads

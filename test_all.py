@@ -1115,8 +1115,14 @@ def test_exported_vae_goes_on(package, trained, own, monkeypatch, capsys):
     assert file.suffix == (".safetensors" if package else ".bin")
     Path("given/w.safetensors").touch()
     assert package or "pip install safetensors" in stopped(run, diffusion, "--vae", "given/w.safetensors")
-    run(vae, "--eval", "--data", "images", "--size", 16, "--init", file, "--png", "png")
-    figures = dict(re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.splitlines()[-1]))
+    flags = "--eval", "--data", "images", "--size", 16, "--init", file, "--png"
+    monkeypatch.setattr(vae, "vgg16", lambda weights: torchvision.models.vgg16())
+    run(vae, *flags, "png", "--perceptual-weight", 1), finish(start(vae, *flags, "two", world=2))
+    figures, two = (dict(re.findall(r"(\w+) (-?[\d.]+)", text.splitlines()[-1])) for text in (
+        capsys.readouterr().out, Path("rank0.1").read_text()))
+    assert float(figures.pop("val_perceptual")) > 0 and all(
+        float(figures[key]) == approx(float(two[key]), abs=2e-4) for key in two)
+    assert len(list(Path("two").glob("*/*"))) == 40
     log, folders = columns(own / "vae.csv"), (Path("png/real"), Path("png/recon"))
     assert float(figures["val_psnr"]) == approx(log["val_psnr"][-1], abs=1e-3)
     real, recon = (np.stack([pixels_of(file) for file in sorted(folder.iterdir())]) for folder in folders)

@@ -81,7 +81,7 @@ GRAD_CHECKPOINT = False     # recompute residual blocks in the backward pass: a 
 WORKERS = 8                 # from 1; threads that read images
 BENCH = False               # time twenty updates on random images and stop; writes nothing
 # instead of training
-EVAL = False                # PSNR, SSIM and the latents' figures over the whole validation split
+EVAL = False                # PSNR, SSIM, the latents' figures over all of val, perceptual if it has a weight
 PNG = ""                    # with --eval: folder for the images (real/) and their reconstructions (recon/)
 EXPORT = ""                 # folder for the weights and a config.json, as diffusers reads them
 # ------------------------------------------------------------------------------------------------------------
@@ -568,11 +568,12 @@ def write_png(path, image):
 
 
 @torch.no_grad()
-def evaluate(vae, val, cfg, step, device, autocast):
+def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
     """Validation figures of reconstructions from the mean; each process takes its share of the images. The
     first 8 go to recon_<step>.png, below their originals."""
     rows = data.order(len(val), 0, min(len(val), cfg.eval_images), seed=0)
-    names = "val_mse", "val_psnr", "val_ssim", "val_kl", "z_mean", "z_std"
+    names = ["val_mse", "val_psnr", "val_ssim", "val_kl", "z_mean", "z_std"]
+    names += ["val_perceptual"] if perceptual else []
     sums = torch.zeros(len(names), device=device)
     mine = rows.split(max(8, cfg.batch_size // data.WORLD))[data.RANK::data.WORLD]
     for k, (pixels, _) in enumerate(data.feed(val, mine, device, cfg.workers)):
@@ -583,7 +584,8 @@ def evaluate(vae, val, cfg, step, device, autocast):
         mse = (recon - x).square().mean((1, 2, 3))
         psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
         second = mean.square() + logvar.exp()                           # moment of z, over the noise too
-        values = mse, psnr, ssim(recon, x), kl_loss(mean, logvar), mean, second
+        values = [mse, psnr, ssim(recon, x), kl_loss(mean, logvar), mean, second]
+        values += [perceptual(recon, x)] if perceptual else []
         sums += len(x) * torch.stack([value.mean() for value in values])
         drawn = data.to_uint8(recon)
         if k == data.RANK == 0 and cfg.out:
@@ -610,7 +612,8 @@ def assess(given):
     cfg.out, cfg.eval_images = "", len(val)
     for folder in ("real", "recon") if cfg.png else ():
         os.makedirs(f"{cfg.png}/{folder}", exist_ok=True)
-    figures = evaluate(load_vae(state, device), val, cfg, state["step"], device, autocast)
+    perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
+    figures = evaluate(load_vae(state, device), val, cfg, state["step"], device, autocast, perceptual)
     print(f"{path}, {len(val):,} images: " + ", ".join(f"{key} {figures[key]:.4f}" for key in figures))
 
 
@@ -676,7 +679,7 @@ def main(argv=None):
     if not cfg.bench:
         data.catch_signals()
         with log.pause():
-            log.values |= evaluate(vae, val, cfg, start, device, autocast)      # where it starts from
+            log.values |= evaluate(vae, val, cfg, start, device, autocast, perceptual)      # where it starts
     plan = data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(train, plan, device, cfg.workers)
     skipped, streak = torch.zeros(2, device=device)
@@ -724,7 +727,7 @@ def main(argv=None):
             if due or stop:
                 save(step)
             if due:
-                log.values |= evaluate(vae, val, cfg, step, device, autocast)
+                log.values |= evaluate(vae, val, cfg, step, device, autocast, perceptual)
 
         # log
         if step % cfg.log_every == 0 or step == cfg.max_steps:
