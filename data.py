@@ -490,6 +490,14 @@ def replace_file(path, write):
         pathlib.Path(partial).unlink(missing_ok=True)
 
 
+def save_checkpoint(path, made_by, cfg, step, parts, **more):
+    """From the first process, what `load_checkpoint` reads; `parts` are modules and optimisers by name."""
+    if RANK == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        state = {"made_by": made_by, "config": vars(cfg), "step": step, **more, **states}
+        replace_file(path, lambda f: torch.save(state, f))
+
+
 def lock(file):
     """Keep other processes from this open file until it is closed, or its process killed."""
     with contextlib.suppress(ImportError, OSError):     # Windows and some network disks have none

@@ -621,12 +621,6 @@ def main(argv=None):
         drawn = data.grid(decode(coder, z, scale, shift), shown)
         data.replace_file(f"{out}/samples_{step:06d}.png", lambda f: drawn.save(f, "png"))
 
-    def save(step):
-        if rank == 0:
-            data.replace_file(f"{out}/diffusion.pt", lambda f: torch.save(
-                {"made_by": "diffusion.py", "config": vars(cfg), "step": step, "scale": scale,
-                 "shift": shift, "vae": coder.state_dict(), "vae_config": vars(coder_cfg),
-                 **{name: part.state_dict() for name, part in trained.items()}}, f))
 
     log = Log("" if cfg.bench else f"{out}/diffusion.csv", start, cfg.max_steps)
     skipped, streak = torch.zeros(2, device=device)
@@ -670,7 +664,9 @@ def main(argv=None):
         due = not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps)
         with log.pause():
             if due or stop:
-                save(step)
+                data.save_checkpoint(
+                    f"{out}/diffusion.pt", "diffusion.py", cfg, step, trained | {"vae": coder},
+                    scale=scale, shift=shift, vae_config=vars(coder_cfg))
             if due and rank == 0 and cfg.samples:
                 picture(step)
 

@@ -669,12 +669,6 @@ def main(argv=None):
         vae.compile(dynamic=False), disc.compile(dynamic=False)     # in place: the weights keep their names
     run_vae, run_disc = [DDP(m, broadcast_buffers=False) if world > 1 else m for m in (vae, disc)]
 
-    def save(step):
-        if rank == 0:
-            data.replace_file(f"{out}/vae.pt", lambda f: torch.save(
-                {"made_by": "vae.py", "config": vars(cfg), "step": step,
-                 **{name: part.state_dict() for name, part in trained.items()}}, f))
-
     log = Log("" if cfg.bench else f"{out}/vae.csv", start, cfg.max_steps)
     if not cfg.bench:
         data.catch_signals()
@@ -725,7 +719,7 @@ def main(argv=None):
         due = not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps)
         with log.pause():
             if due or stop:
-                save(step)
+                data.save_checkpoint(f"{out}/vae.pt", "vae.py", cfg, step, trained)
             if due:
                 log.values |= evaluate(vae, val, cfg, step, device, autocast, perceptual)
 
