@@ -30,7 +30,6 @@ import torchvision
 from PIL import Image, ImageOps
 
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
-
 MAX_BAD = 0.01              # share of unreadable images above which a run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
@@ -140,7 +139,6 @@ class Images:
         pixels = self.pixels
         pixels = torch.stack([self.read(row) for row in rows.tolist()]) if pixels is None else pixels[rows]
         return pixels, self.labels[rows]
-
 
     def read(self, row):
         """Decode one file; one that cannot be read is named once, and the next of its class stands in."""
@@ -301,6 +299,9 @@ def grid(pixels, columns):
 
 # ---- settings: the fenced block of constants at a script's top, as flags -----------------------------------
 
+CALL = "resume", "overwrite", "out", "device", "bench", "eval", "export", "init", "vae"   # not of a saved run
+
+
 def fenced(script):
     """(NAME, comment) of every constant in the block; `script` is the globals() of its file."""
     block = re.split(r"^# -+$", pathlib.Path(script["__file__"]).read_text(), flags=re.M)[1]
@@ -308,13 +309,15 @@ def fenced(script):
 
 
 def flags(script, argv):
-    """Parse a script's constants as flags -> a dict of those given. BATCH_SIZE = 64 is --batch-size 64;
+    """Parse a script's constants as flags -> a dict of those given, or edited if they are of a call's.
+    BATCH_SIZE = 64 is --batch-size 64;
     True, False and None (unset) are --compile/--no-compile. The comment is the flag's help, and says first
     what is allowed: "from 0 to 1; ...", "one of a, b; ...". What is not ends with status 2."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in fenced(script):
+    block = fenced(script)
+    for name, comment in block:
         default, choices = script[name], re.match(r"one of ([^;]+)", comment)
         first = (default or ("",))[0] if isinstance(default, tuple) else default
         kind = {"type": type(first), "choices": choices and choices[1].split(", ")}
@@ -324,8 +327,9 @@ def flags(script, argv):
             kind["nargs"] = 2 if isinstance(first, float) else "+"
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{comment} [{default}]".replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    for name, comment in fenced(script):
+    edited = {name.lower(): script[name] for name, _ in block if name.lower() in CALL and script[name]}
+    given = edited | vars(parser.parse_args(argv))
+    for name, comment in block:
         key, bounds = name.lower(), re.match(r"from (\S+?)(?: to (\S+))?;", comment)
         if isinstance(given.get(key), list):
             given[key] = tuple(given[key])
@@ -339,7 +343,7 @@ def settings(script, given, preset="", state=None):
     """Four layers, each over the one before: block, preset, what a resumed run saved, flags -> a namespace.
     The row of PRESETS is --preset's, else the saved one, else that named `preset`, else ImageNet's."""
     saved = dict(state["config"]) if state else {}
-    for key in ("resume", "overwrite", "out", "device"):        # these are the call's
+    for key in CALL:
         saved.pop(key, None)
     for key in saved.keys() & given.keys():
         if given.get("resume") and saved[key] != given[key]:

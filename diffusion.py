@@ -416,7 +416,10 @@ def write_latents(coder, train, name, device, autocast, workers):
     for first, (pixels, _) in zip(firsts, data.feed(train, plan, device, workers)):
         moments = data.gather(encode(coder, pixels, 1 + train.flip, autocast))[:len(train) - first]
         if file:
-            file.write(moments.numpy().tobytes()), file.flush()
+            try:
+                file.write(moments.numpy().tobytes()), file.flush()
+            except OSError as error:
+                raise SystemExit(f"error: cannot write {partial}: {error.strerror}; what it has is kept")
             done = first + len(moments)
             rate = (done - firsts[0]) / (time.perf_counter() - began)
             data.say(f"encoding {done:,}/{len(train):,}  {rate:.1f} images/s", done == len(train))
@@ -620,7 +623,6 @@ def main(argv=None):
         ema.to(home)
         drawn = data.grid(decode(coder, z, scale, shift), shown)
         data.replace_file(f"{out}/samples_{step:06d}.png", lambda f: drawn.save(f, "png"))
-
 
     log = Log("" if cfg.bench else f"{out}/diffusion.csv", start, cfg.max_steps)
     skipped, streak = torch.zeros(2, device=device)

@@ -5,6 +5,7 @@
     python sample.py --class "golden retriever" 980 --sampler heun --steps 25 --interval 0.1 0.8
     python sample.py --count 50000 --npz samples.npz        # arr_0, arr_1: what FID evaluators read
     torchrun --nproc-per-node 8 sample.py --count 50000 --png samples
+    python sample.py --weights DiT-XL-2-256x256.pt --objective ddpm --vae VAE_FILE --class 207 --cfg 4
 
 Uses the averaged weights and decodes in float32. Image i starts from noise seeded by (seed, i) alone:
 it depends neither on the batch nor on the number of processes.
@@ -103,7 +104,8 @@ def main(argv=None):
         todo = [i for i in todo if cfg.npz or cfg.gif or not os.path.exists(f"{cfg.png}/{i:06d}.png")]
     exist, todo = data.from_first((exist, todo))
     for made in exist:
-        raise SystemExit(f"error: {made} exists, of other settings: name another, or remove it")
+        how = " with other settings" if made == cfg.png else ""
+        raise SystemExit(f"error: {made} exists{how}: name another, or remove it")
     for folder in (cfg.out, cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
         os.makedirs(folder or ".", exist_ok=True)
     first_process, frames = data.RANK == 0, steps + 1 if cfg.gif else 1

@@ -1117,7 +1117,7 @@ def test_exported_vae_goes_on(package, trained, own, monkeypatch, capsys):
     assert package or "pip install safetensors" in stopped(run, diffusion, "--vae", "given/w.safetensors")
     flags = "--eval", "--data", "images", "--size", 16, "--init", file, "--png"
     monkeypatch.setattr(vae, "vgg16", lambda weights: torchvision.models.vgg16())
-    run(vae, *flags, "png", "--perceptual-weight", 1), finish(start(vae, *flags, "two", world=2))
+    run(vae, *flags[1:], "png", "--perceptual-weight", 1), finish(start(vae, *flags, "two", world=2))
     figures, two = (dict(re.findall(r"(\w+) (-?[\d.]+)", text.splitlines()[-1])) for text in (
         capsys.readouterr().out, Path("rank0.1").read_text()))
     assert float(figures.pop("val_perceptual")) > 0 and all(
@@ -1244,6 +1244,8 @@ def test_what_does_not_fit_is_said_in_a_line(trained, own, monkeypatch, capsys):
 def test_settings_in_four_layers(capsys):
     given = data.flags(vars(vae), ["--lr", "1", "--widths", "8", "16", "--no-compile"])
     assert given == {"lr": 1.0, "widths": (8, 16), "compile": False}
+    assert data.flags(vars(vae) | {"OUT": "here", "RESUME": True}, ["--no-resume"]) == {
+        "out": "here", "resume": False}                         # edited, and given
     cfg = data.settings(vars(vae), given, "imagenet")
     assert (cfg.lr, cfg.widths, cfg.accum, cfg.kl_warmup) == (1.0, (8, 16), 16, vae.KL_WARMUP)
     assert data.settings(vars(vae), {}, "some/folder").preset == "imagenet"
@@ -1362,7 +1364,7 @@ def test_full_disk_leaves_what_was_there(script, limit, file, own):
     before, (soft, hard) = (own / "vae.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))        # no file grows beyond it
     try:
-        assert re.search(f"{file}|too large", stopped(data.guard, lambda: run(script, *flags)))
+        assert file in stopped(data.guard, lambda: run(script, *flags))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (own / "vae.pt").read_bytes() == before and not list(own.glob("*.pt.part"))

@@ -82,7 +82,7 @@ WORKERS = 8                 # from 1; threads that read images
 BENCH = False               # time twenty updates on random images and stop; writes nothing
 # instead of training
 EVAL = False                # PSNR, SSIM, the latents' figures over all of val, perceptual if it has a weight
-PNG = ""                    # with --eval: folder for the images (real/) and their reconstructions (recon/)
+PNG = ""                    # the same, and a folder for the images (real/) and reconstructions (recon/)
 EXPORT = ""                 # folder for the weights and a config.json, as diffusers reads them
 # ------------------------------------------------------------------------------------------------------------
 PRESETS = {
@@ -563,6 +563,7 @@ def ssim(a, b):
 
 
 def write_png(path, image):
+    """An image uint8 [3, h, w]; renamed into place, so that what has its name is whole."""
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{path}.part", "png")
     os.replace(f"{path}.part", path)
 
@@ -619,11 +620,11 @@ def assess(given):
 
 def main(argv=None):
     given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
-    if given.get("eval") or given.get("export"):
+    if {"eval", "png", "export"} & given.keys():
         return assess(given)
     out = given.get("out") or data.folder_of(given.get("data", DATA))
     state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
-    init = open_vae(given.get("init", INIT)) if given.get("init", INIT) and not state else None
+    init = open_vae(given["init"]) if "init" in given and not state else None
     shape = {"config": {key: init["config"][key] for key in SHAPE}} if init else None
     cfg = data.settings(globals(), given, given.get("data", DATA), state or shape)
     cfg.out = out
