@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import time
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -33,20 +34,18 @@ SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 MAX_BAD = 0.01              # share of unreadable images above which a run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
+WORDS, VOCABULARY = 24, 2 ** 13     # of a caption; of all, a table into which they are hashed
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-
 
 # ---- shapes: ten classes drawn from distance functions -----------------------------------------------------
 
 def box(x, y, w, h):
     return torch.maximum(x.abs() - w, y.abs() - h)
 
-
 def polygon(x, y, sides, inradius):
     """Signed distances [sides, ...] to the edge lines of a regular polygon; the first normal is +y."""
     angles = [torch.pi * (0.5 + 2 * k / sides) for k in range(sides)]
     return torch.stack([x * np.cos(a) + y * np.sin(a) - inradius for a in angles])
-
 
 # Distance to the outline, in units of the shape's radius, negative inside; x points right, y down.
 SHAPES = {
@@ -62,7 +61,6 @@ SHAPES = {
                                           (torch.remainder(y + 0.3, 0.6) - 0.3).abs() - 0.17),
     "triangle": lambda x, y: polygon(x, y - 0.2, 3, 0.53).amax(0),
 }
-
 
 def draw_shapes(split, rows, size=32):
     """Draw the given rows of a split -> uint8 [n, 3, size, size]; row i has class i % 10. Place, size,
@@ -84,12 +82,42 @@ def draw_shapes(split, rows, size=32):
     paper = (1 - 0.3 * u[:, 5:8])[:, :, None, None]                             # pale
     return ((paper + cover * (ink - paper)) * 255).round().to(torch.uint8)
 
+# ---- captions, for diffusion.py --condition text -----------------------------------------------------------
+
+COLOURS = "red", "gold", "lime", "green", "cyan", "blue", "purple", "pink"        # 45 degrees of hue apart
+PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right")
+
+def describe_shape(split, row):
+    """The caption of a drawn shape: "a small red star at the top left". One attribute in ten is left out,
+    and any that lies near the border between two names."""
+    u = np.random.default_rng((split == "val", row)).random(12)         # the first eight as in draw_shapes
+
+    def name(position, names, chance):
+        near = abs(position - round(position)) < 0.12 and 0 < round(position) < len(names)
+        return "" if near or chance < 0.1 else names[int(position)]
+
+    size, colour = name(2 * u[0], ("small", "large"), u[8]), name(8 * u[4] + 0.5, COLOURS + COLOURS[:1], u[9])
+    shape = "shape" if u[10] < 0.1 else list(SHAPES)[row % len(SHAPES)]
+    across, down = (name(3 * u[axis], range(3), u[11]) for axis in (2, 3))
+    place = "" if "" in (across, down) else PLACES[3 * down + across]
+    return " ".join(filter(None, ("a", size, colour, shape, place)))
+
+def words_of(caption):
+    return re.findall(r"\w+", caption.lower())
+
+def tokens(captions):
+    """Captions -> ids of their words, places in a table given by a hash, then zeros: int64 [n, WORDS]."""
+    ids = np.zeros((len(captions), WORDS), np.int64)
+    for row, caption in zip(ids, captions):
+        words = words_of(caption)[:WORDS]
+        row[:len(words)] = [1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words]
+    return torch.from_numpy(ids)
 
 # ---- image files -------------------------------------------------------------------------------------------
 
 # a third faster than Pillow's; the bare operator, since the function around it is deprecated and warns
 DECODE_JPEG = getattr(torch.ops.image, "decode_jpeg", None)
-
 
 def read_image(file):
     """Any image that Pillow reads -> uint8 [3, h, w] in RGB, upright; transparency goes on white."""
@@ -107,7 +135,6 @@ def read_image(file):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-
 def center_crop(x, size):
     """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size]. As the
     published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too
@@ -122,15 +149,15 @@ def center_crop(x, size):
     x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
     return x[0, :, top:top + size, left:left + size].contiguous()
 
-
 class Images:
     """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], for rows int64 [n]. Made
     of `pixels` [n, 3, size, size] or of `files` below `folder`, each read when it is asked for. `flip` says
-    whether a mirrored image is still one of its class."""
+    whether a mirrored image is still one of its class; `describe` gives the caption of a row."""
 
-    def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True):
+    def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True, describe=None):
         self.classes, self.labels, self.size, self.flip = classes, torch.tensor(labels), size, flip
-        self.pixels, self.folder, self.files, self.bad = pixels, folder, files, set()
+        self.pixels, self.folder, self.files, self.describe = pixels, folder, files, describe
+        self.bad, self.said = {}, set()             # unreadable rows with their stand-ins; faults of captions
 
     def __len__(self):
         return len(self.labels)
@@ -147,13 +174,36 @@ class Images:
             return center_crop(read_image(file), self.size)
         except Exception as error:                  # a damaged file may raise anything
             if row not in self.bad:
-                self.bad.add(row)
+                same = (self.labels == self.labels[row]).nonzero().flatten().tolist()
+                self.bad[row] = same[(same.index(row) + 1) % len(same)]
                 print(f"unreadable image {file} ({error!r:.150}): the next stands in", file=sys.stderr)
         if len(self.bad) > MAX_BAD * len(self):
             raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, among them "
                              f"{file}: repair or remove them")
-        same = (self.labels == self.labels[row]).nonzero().flatten().tolist()
-        return self.read(same[(same.index(row) + 1) % len(same)])
+        return self.read(self.bad[row])
+
+    def caption(self, row):
+        """The first line of the .txt file beside an image, else the name of its class. A stand-in's is its
+        own, once the image was read."""
+        while row in self.bad:
+            row = self.bad[row]
+        if self.describe:
+            return self.describe(row)
+        file, text, fault = os.path.join(self.folder, self.files[row]) if self.files else "", "", ""
+        file = os.path.splitext(file)[0] + ".txt"
+        try:
+            with open(file, encoding="utf-8-sig") as f:
+                text = f.readline(10_000).strip()
+            long = len(words_of(text)) > WORDS
+            fault = f"has more than {WORDS} words" if long else "" if text else "is empty"
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError):
+            fault = "is not UTF-8"
+        if fault and fault not in self.said:
+            self.said.add(fault)
+            print(f"caption {file} {fault}, perhaps others too: the class's name is taken, or what fits")
+        return text or self.classes[self.labels[row]]
 
     def identity(self):
         """A hash of what a copy keeps: class and file names, and the contents of a hundred images."""
@@ -162,8 +212,8 @@ class Images:
         for row in range(0, len(self), -(-len(self) // 100)):
             file = self.files and os.path.join(self.folder, self.files[row])
             digest.update(pathlib.Path(file).read_bytes() if file else self.pixels[row].numpy())
+            digest.update(self.caption(row).encode())
         return digest.hexdigest()
-
 
 def list_folder(folder, classes=()):
     """The images in class folders and below -> class names, paths from `folder` on, labels; sorted. A
@@ -184,11 +234,11 @@ def list_folder(folder, classes=()):
     labels = np.arange(len(classes)).repeat([len(found[name]) for name in classes])
     return classes, [file for name in classes for file in found[name]], labels
 
-
 def load(data, data_dir="", size=32, expected=()):
     """A dataset by name, or a folder -> train and val, two `Images`; of the `expected` classes, if any."""
     if data == "shapes" and not data_dir:
-        return [Images(list(SHAPES), np.arange(n) % 10, size, draw_shapes(split, range(n), size), flip=False)
+        return [Images(list(SHAPES), np.arange(n) % 10, size, draw_shapes(split, range(n), size), flip=False,
+                       describe=functools.partial(describe_shape, split))
                 for split, n in SHAPES_COUNT.items()]
     folder = data_dir or (os.path.join("data", data) if data in ("cifar10", "imagenet") else data)
     train, val = os.path.join(folder, "train"), os.path.join(folder, "val")
@@ -212,7 +262,6 @@ def load(data, data_dir="", size=32, expected=()):
     return (Images(classes, labels, size, folder=train, files=files),
             Images(classes, val_labels, size, folder=val, files=val_files))
 
-
 def load_cifar10(folder, size):
     """CIFAR-10 by torchvision, downloaded on first use, upscaled to `size`."""
     try:
@@ -223,10 +272,8 @@ def load_cifar10(folder, size):
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put "
                          f"the images at {folder}/train/<class>/ and {folder}/val/<class>/")
-    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
-    pixels = [torch.stack([center_crop(image, size) for image in images]) for images in pixels]
-    return [Images(part.classes, part.targets, size, images) for part, images in zip(parts, pixels)]
-
+    crop = lambda image: center_crop(torch.from_numpy(image).permute(2, 0, 1), size)
+    return [Images(part.classes, part.targets, size, torch.stack([*map(crop, part.data)])) for part in parts]
 
 # ---- batches -----------------------------------------------------------------------------------------------
 
@@ -234,18 +281,15 @@ def load_cifar10(folder, size):
 def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
-
 def order(n, start, count, seed):
     """Rows at positions start..start+count of an endless stream of shuffled epochs over n rows. A function
     of its arguments: no state to save, the same for any number of threads and processes."""
     return torch.tensor([shuffled(n, seed, k // n)[k % n] for k in range(start, start + count)])
 
-
 def schedule(n, micro, steps, start, stop, rank, world, seed):
     """Rows of this process's micro-batches, updates start..stop, in the order they are used."""
     for k in range(start * steps, stop * steps):
         yield order(n, (k * world + rank) * micro, micro, seed)
-
 
 def share(cfg, world):
     """Share the update's batch, batch_size x accum, out over the processes -> micro-batch, micro-steps."""
@@ -256,12 +300,10 @@ def share(cfg, world):
                          f"micro-steps; the nearest that does is {micro * steps * world}")
     return micro, steps
 
-
 def threads(count):
     """A pool of threads. A torch operation in one of them stays on its core; the caller's go on as before."""
     torch.get_num_threads()             # settles the caller's number before that of new threads changes
     return concurrent.futures.ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-
 
 def feed(source, schedule, device, workers):
     """Yield source[rows] on the device for every `rows` of the schedule; threads read a few batches ahead."""
@@ -280,33 +322,27 @@ def feed(source, schedule, device, workers):
     finally:
         pool.shutdown(cancel_futures=True)
 
-
 def to_float(pixels):
     """uint8 [0, 255] -> float32 [-1, 1]"""
     return pixels.float() / 127.5 - 1
 
-
 def to_uint8(x):
     """float [-1, 1] -> uint8 [0, 255]; anything beyond is clamped first, or it would wrap around."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
 
 def grid(pixels, columns):
     """uint8 [n, 3, h, w] -> one picture, `columns` images a row"""
     picture = torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255)
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
-
 # ---- settings: the fenced block of constants at a script's top, as flags -----------------------------------
 
 CALL = "resume", "overwrite", "out", "device", "bench", "eval", "export", "init", "vae"   # not of a saved run
-
 
 def fenced(script):
     """(NAME, comment) of every constant in the block; `script` is the globals() of its file."""
     block = re.split(r"^# -+$", pathlib.Path(script["__file__"]).read_text(), flags=re.M)[1]
     return re.findall(r"^([A-Z0-9_]+) = .*?# (.*)$", block, re.M)
-
 
 def flags(script, argv):
     """Parse a script's constants as flags -> a dict of those given, or edited if they are of a call's.
@@ -338,7 +374,6 @@ def flags(script, argv):
                 parser.error(f"argument --{key.replace('_', '-')}: {value} is not {bounds[0][:-1]}")
     return given
 
-
 def settings(script, given, preset="", state=None):
     """Four layers, each over the one before: block, preset, what a resumed run saved, flags -> a namespace.
     The row of PRESETS is --preset's, else the saved one, else that named `preset`, else ImageNet's."""
@@ -352,7 +387,6 @@ def settings(script, given, preset="", state=None):
     row = given.get("preset") or saved.get("preset") or (preset if preset in presets else "imagenet")
     block = {name: script[name] for name, _ in fenced(script)} | presets[row] | {"PRESET": row}
     return argparse.Namespace(**{name.lower(): value for name, value in block.items()} | saved | given)
-
 
 # ---- processes and signals ---------------------------------------------------------------------------------
 
@@ -375,7 +409,6 @@ def guard(main):
         sys.exit(f"error: {error}; what was saved before is intact")
     if dist.is_initialized():           # not after an error: it would wait for the others
         dist.destroy_process_group()
-
 
 def start(cfg):
     """Choose the device, join torchrun's group, settle unset cfg.bf16 and cfg.compile -> device, autocast."""
@@ -408,13 +441,11 @@ def start(cfg):
     # a weight is used once a pass: autocast's cache would only keep a second copy of it
     return device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
-
 def total(x):
     """The sum of a tensor over all processes, in its place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
-
 
 def from_first(value):
     """Any value of the first process, on all."""
@@ -422,7 +453,6 @@ def from_first(value):
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
-
 
 def gather(x):
     """Tensors of one shape in the order of the processes -> one, on the CPU of the first process."""
@@ -432,9 +462,7 @@ def gather(x):
     dist.gather(x.cpu(), parts if RANK == 0 else None)
     return torch.cat(parts)
 
-
 CAUGHT = []                             # numbers of the signals that came
-
 
 def catch_signals():
     """From now on Ctrl-C and SIGTERM are noted for `stop_asked`; a second one ends the process at once."""
@@ -445,7 +473,6 @@ def catch_signals():
 
     signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
 
-
 def stop_asked():
     """The signal that any process has caught, or 0: all must agree before one leaves its loop."""
     number = torch.tensor(max(CAUGHT, default=0))
@@ -453,12 +480,10 @@ def stop_asked():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
-
 def leave(number, message):
     """End a run that a signal stopped: with status 0 after SIGTERM, a scheduler's pre-emption, else 1."""
     print(message)
     sys.exit(0 if number == signal.SIGTERM else 1)
-
 
 def say(line, last=False):
     """Progress: a line every five seconds, and the last."""
@@ -466,9 +491,7 @@ def say(line, last=False):
         say.next = time.monotonic() + 5
         print(line)
 
-
 say.next = 0
-
 
 # ---- files and checkpoints ---------------------------------------------------------------------------------
 
@@ -477,7 +500,6 @@ CHECKPOINTS = {                         # by the script that `made_by` names
     "diffusion.py": dict(config=dict, step=int, scale=float, shift=float, vae=dict, vae_config=dict,
                          model=dict, ema=dict, opt=dict),
 }
-
 
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
@@ -493,14 +515,12 @@ def replace_file(path, write):
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)
 
-
 def save_checkpoint(path, made_by, cfg, step, parts, **more):
     """From the first process, what `load_checkpoint` reads; `parts` are modules and optimisers by name."""
     if RANK == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
         state = {"made_by": made_by, "config": vars(cfg), "step": step, **more, **states}
         replace_file(path, lambda f: torch.save(state, f))
-
 
 def lock(file):
     """Keep other processes from this open file until it is closed, or its process killed."""
@@ -510,7 +530,6 @@ def lock(file):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"error: another run writes {file.name}: wait for it, or give another --out")
-
 
 def load_checkpoint(path, made_by):
     """A checkpoint, mapped to the CPU, without running code from it; stops if `made_by` did not write it."""
@@ -524,7 +543,6 @@ def load_checkpoint(path, made_by):
             isinstance(state.get(key), kind) for key, kind in CHECKPOINTS[made_by].items()):
         raise SystemExit(f"error: {path} is not a checkpoint of {made_by}")
     return state
-
 
 def begin(path, given, made_by):
     """The checkpoint to go on from with --resume, else None; refuses to start over on top of one."""
@@ -540,7 +558,6 @@ def begin(path, given, made_by):
         raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, or "
                          f"replace it with --overwrite")
 
-
 def restore(parts, state):
     """Load the state of every part; stops in one line where it does not fit the settings."""
     for name, part in parts.items():
@@ -550,10 +567,8 @@ def restore(parts, state):
             reason = str(error).splitlines()[-1].strip()
             raise SystemExit(f"error: {name} of the checkpoint does not fit its settings: {reason:.200}")
 
-
 def folder_of(dataset):
     return os.path.join("out", os.path.basename(os.path.abspath(dataset)))
-
 
 def newest(name, made_by):
     """The youngest out/*/<name>."""

@@ -51,6 +51,7 @@ SEED = 0                    # from 0; of the weights, the order of the latents a
 RESUME = False              # go on from the run's checkpoint
 OVERWRITE = False           # start again on top of a run
 # model
+CONDITION = "class"         # one of class, text; what an image is drawn from: its class, or its caption
 MODEL = "unet"              # one of unet, dit
 WIDTHS = (128,)             # from 4; unet: channels at each resolution
 BLOCKS = 1                  # from 1; unet: residual blocks at each resolution
@@ -93,8 +94,8 @@ PRESETS = {
 DIT_SIZES = {                # width, depth, heads
     "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
+WORD = 128                  # width of a word among words
 PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two; on a GPU 32
-
 
 # ---- the method: path, loss, guidance, sampler -------------------------------------------------------------
 
@@ -110,19 +111,16 @@ def path(objective, t):
     angle = ddpm_angles(t.device)[(1000 * t).round().long()] if objective == "ddpm" else t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
 
-
 @functools.cache
 def ddpm_angles(device):
     """The angle after 0 ... 1000 steps of betas from 1e-4 to 0.02, by cos(angle)^2 = prod (1 - beta)."""
     kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)).cumprod(0)
     return F.pad(kept.sqrt().arccos(), (1, 0)).float().to(device)
 
-
 def first_time(objective):
     """Where the path's noisy end lies. At t=1 the noise says nothing about x0, and eps divides by a. At
     0.96 a is 0.063, near where Stable Diffusion's schedule ends; from 0.99 errors grow up to 64 times."""
     return 0.96 if objective == "eps" else 1.0
-
 
 def velocity(model, objective, x, t, y):
     """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32. SiT's time runs
@@ -135,7 +133,6 @@ def velocity(model, objective, x, t, y):
     a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
     return (da * x + out) / a
 
-
 def diffusion_loss(model, objective, x0, e, t, y):
     """Mean squared error of the velocity per image [b], at x_t. x0, e [b, c, h, w]; t, y [b]. For eps this
     is the noise's error over a^2, the "SNR+1" weighting of Salimans and Ho (2022): without it a short run
@@ -145,7 +142,6 @@ def diffusion_loss(model, objective, x0, e, t, y):
     weight = a if objective == "ddpm" else 1
     return (weight * (v - (da * x0 + db * e))).square().mean((1, 2, 3))
 
-
 def guided(model, objective, x, t, y, cfg, null):
     """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""
     if cfg == 1:
@@ -153,7 +149,6 @@ def guided(model, objective, x, t, y, cfg, null):
     y = torch.cat([y, torch.full_like(y, null)])
     v_c, v_u = velocity(model, objective, x.repeat(2, 1, 1, 1), t.repeat(2), y).chunk(2)
     return v_u + cfg * (v_c - v_u)
-
 
 @torch.no_grad()
 def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
@@ -178,15 +173,12 @@ def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", int
         x = a_s * (db * x - b * v) + b_s * (a * v - da * x)
         yield x
 
-
 def normalise(z, scale, shift=0.0):
     """Latents as the VAE gives them -> unit standard deviation; `denormalise` is its inverse."""
     return (z - shift) * scale
 
-
 def denormalise(z, scale, shift=0.0):
     return z / scale + shift
-
 
 # ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] -----------------------------------
 
@@ -203,39 +195,91 @@ class TimestepEmbedder(nn.Module):
         angles = t[:, None].float() * self.frequencies      # float32: bf16 cannot tell t=0.996 from 1
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
+class LabelEmbedder(nn.Module):
+    """Classes y [b] -> [b, d], to be added to the time's; and no words. The null class is `num_classes`."""
 
-def embedders(d, num_classes):
-    """For time and class, to be added up. Class `num_classes` is the null class."""
-    t_embedder, y_embedder = TimestepEmbedder(d), named(embedding_table=nn.Embedding(num_classes + 1, d))
+    def __init__(self, num_classes, d):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, d)
+
+    def forward(self, y):
+        return self.embedding_table(y), None
+
+def embedders(d, num_classes, text):
+    """For time, and for class or caption."""
+    t_embedder, y_embedder = TimestepEmbedder(d), (TextEmbedder(d) if text else LabelEmbedder(num_classes, d))
     for weight in (t_embedder.mlp[0].weight, t_embedder.mlp[2].weight, y_embedder.embedding_table.weight):
         nn.init.normal_(weight, std=0.02)
     return t_embedder, y_embedder
 
+# ---- words: --condition text. y is a caption's ids [b, n] instead of a class [b], the null all zeros -------
+
+class TextEmbedder(nn.Module):
+    """Ids y [b, n] -> [b, d], to be added to the time's; and the words [b, 1 + n, WORD] with a mask of those
+    that are there, for cross-attention. A transformer over a hashed vocabulary, trained along."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.embedding_table = nn.Embedding(data.VOCABULARY, WORD)
+        self.begin = nn.Parameter(torch.zeros(1, 1, WORD))      # never masked: an empty caption is not NaN
+        self.positions = nn.Parameter(0.02 * torch.randn(1 + data.WORDS, WORD))
+        layer = nn.TransformerEncoderLayer(WORD, 4, 4 * WORD, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WORD), enable_nested_tensor=False)
+        self.mean = nn.Linear(WORD, d)
+
+    def forward(self, y):
+        there = F.pad(y > 0, (1, 0), value=True)
+        words = torch.cat([self.begin.expand(len(y), 1, WORD), self.embedding_table(y)], 1) + self.positions
+        words = self.layers(words, src_key_padding_mask=~there)
+        mean = (words * there[..., None]).sum(1) / there.sum(1, keepdim=True)
+        return self.mean(mean), (words, there[:, None, None])
+
+class CrossAttention(nn.Module):
+    """Places x [b, n, c] look at words [b, m, WORD] (Rombach et al. 2022). Starts as nothing."""
+
+    def __init__(self, c, heads):
+        super().__init__()
+        self.heads, self.norm, self.to_q = heads, nn.LayerNorm(c), nn.Linear(c, c)
+        self.to_kv, self.to_out = nn.Linear(WORD, 2 * c), nn.Linear(c, c)
+        nn.init.zeros_(self.to_out.weight), nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x, words, there):
+        q = self.to_q(self.norm(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(words).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=there)          # [b, heads, n, c / heads]
+        return x + self.to_out(out.transpose(1, 2).flatten(2))
+
+# ---- the UNet ----------------------------------------------------------------------------------------------
 
 class CondBlock(ResBlock):
     """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal, Nichol
-    2021). x [b, c_in, h, w], c [b, d] -> [b, c_out, h, w], with self-attention behind it if asked for."""
+    2021). x [b, c_in, h, w], c [b, d] -> [b, c_out, h, w], with self-attention behind it if asked for, and
+    with cross-attention to the words behind that."""
 
-    def __init__(self, c_in, c_out, groups, d, attention=False):
+    def __init__(self, c_in, c_out, groups, d, text, attention=False):
         super().__init__(c_in, c_out, groups)
         self.condition = nn.Linear(d, 2 * c_out)
         self.attention = Attention(c_out, groups) if attention else nn.Identity()
+        self.cross = CrossAttention(c_out, 4) if attention and text else None
 
-    def forward(self, x, c):
+    def forward(self, x, c, words):
         scale, shift = self.condition(F.silu(c))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
-        return self.attention(self.conv_shortcut(x) + self.conv2(F.silu(h)))
-
+        x = self.attention(self.conv_shortcut(x) + self.conv2(F.silu(h)))
+        if self.cross:
+            x = self.cross(x.flatten(2).transpose(1, 2), *words).transpose(1, 2).reshape(x.shape)
+        return x
 
 class UNet(nn.Module):
     """Residual blocks down and up with skip connections, attention at low resolutions (Ho et al. 2020)."""
 
-    def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8):
+    def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8,
+                 text=False):
         super().__init__()
         if side % 2 ** (len(widths) - 1):
             raise SystemExit(f"error: {side} cannot be halved {len(widths) - 1} times: give fewer --widths")
         c, d, groups, skips = widths[0], 4 * widths[0], groups_for(*widths), [widths[0]]
-        self.t_embedder, self.y_embedder = embedders(d, num_classes)
+        self.t_embedder, self.y_embedder = embedders(d, num_classes, text)
         self.first = nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
@@ -243,13 +287,14 @@ class UNet(nn.Module):
                 self.down.append(Downsample(c))
                 skips.append(c)
             for _ in range(blocks):
-                self.down.append(CondBlock(c, width, groups, d, side >> i <= attention_at))
+                self.down.append(CondBlock(c, width, groups, d, text, side >> i <= attention_at))
                 c = width
                 skips.append(c)
-        self.middle = nn.ModuleList([CondBlock(c, c, groups, d, True), CondBlock(c, c, groups, d)])
+        middle = CondBlock(c, c, groups, d, text, True), CondBlock(c, c, groups, d, text)
+        self.middle = nn.ModuleList(middle)
         for i, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(CondBlock(c + skips.pop(), width, groups, d, side >> i <= attention_at))
+                self.up.append(CondBlock(c + skips.pop(), width, groups, d, text, side >> i <= attention_at))
                 c = width
             if i:
                 self.up.append(Upsample(c))
@@ -257,17 +302,18 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
 
     def forward(self, x, t, y):
-        c, x = self.t_embedder(t) + self.y_embedder(y), self.first(x)
-        skips = [x]
+        (c, words), x = self.y_embedder(y), self.first(x)
+        c, skips = self.t_embedder(t) + c, [x]
         for layer in self.down:
-            x = layer(x) if isinstance(layer, Downsample) else layer(x, c)
+            x = layer(x) if isinstance(layer, Downsample) else layer(x, c, words)
             skips.append(x)
         for layer in self.middle:
-            x = layer(x, c)
+            x = layer(x, c, words)
         for layer in self.up:
-            x = layer(x) if isinstance(layer, Upsample) else layer(torch.cat([x, skips.pop()], 1), c)
+            x = layer(x) if isinstance(layer, Upsample) else layer(torch.cat([x, skips.pop()], 1), c, words)
         return self.last(x)
 
+# ---- the DiT -----------------------------------------------------------------------------------------------
 
 def positions(d, side):
     """Fixed sines and cosines on a square grid -> [1, side * side, d]: half of d by column, half by row."""
@@ -275,16 +321,15 @@ def positions(d, side):
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)[None]
 
-
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
-
 
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: tokens x [b, n, d], conditioning c [b, d] -> [b, n, d]."""
 
-    def __init__(self, d, heads, gelu="none"):
+    def __init__(self, d, heads, gelu="none", text=False):
         super().__init__()
+        self.cross = CrossAttention(d, heads) if text else None
         self.heads, self.attn = heads, nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
         self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.mlp = named(fc1=nn.Linear(d, 4 * d), act=nn.GELU(gelu), fc2=nn.Linear(4 * d, d))
@@ -294,26 +339,26 @@ class DiTBlock(nn.Module):
         qkv = self.attn.qkv(x).unflatten(2, (3, self.heads, -1))                # [b, n, 3, heads, d / heads]
         return self.attn.proj(attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
 
-    def forward(self, x, c):
+    def forward(self, x, c, words):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = self.cross(x, *words) if self.cross else x
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
 
 class DiT(nn.Module):
     """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748); all names are those of
     facebookresearch/DiT, whose `gelu` is "tanh". `size` is one of DIT_SIZES and a patch: B/2."""
 
-    def __init__(self, channels, side, num_classes, size="B/2", gelu="none"):
+    def __init__(self, channels, side, num_classes, size="B/2", gelu="none", text=False):
         super().__init__()
         if size not in [f"{name}/{p}" for name in DIT_SIZES for p in range(1, side + 1) if side % p == 0]:
             raise SystemExit(f"error: --dit {size} does not fit latents of {side}x{side}: expected one of "
                              f"{', '.join(DIT_SIZES)} / a patch that divides {side}")
         (d, depth, heads), p = DIT_SIZES[size.split("/")[0]], int(size.split("/")[1])
         self.x_embedder = named(proj=nn.Conv2d(channels, d, p, stride=p))
-        self.t_embedder, self.y_embedder = embedders(d, num_classes)
+        self.t_embedder, self.y_embedder = embedders(d, num_classes, text)
         self.register_buffer("pos_embed", positions(d, side // p))
-        self.blocks = nn.ModuleList(DiTBlock(d, heads, gelu) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(d, heads, gelu, text) for _ in range(depth))
         self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
@@ -322,51 +367,67 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1)), nn.init.zeros_(module.bias)
         for zero in [*(block.adaLN_modulation[1] for block in self.blocks),
+                     *(block.cross.to_out for block in self.blocks if text),
                      self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
     def forward(self, x, t, y):
-        c, x = self.t_embedder(t) + self.y_embedder(y), self.x_embedder(x)
+        (c, words), x = self.y_embedder(y), self.x_embedder(x)
+        c = self.t_embedder(t) + c
         (b, _, h, w), dtype = x.shape, x.dtype                                  # [b, d, h / p, w / p]
         x = x.flatten(2).transpose(1, 2).contiguous()       # else all that follows is strided, and slower
         x = x + self.pos_embed.to(dtype)                                        # [b, n, d], bf16 if autocast
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c, words)
         shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=1)
         x = self.final_layer.linear(modulate(self.norm_final(x), shift, scale)) # [b, n, p * p * c]
         p = self.x_embedder.proj.stride[0]
         return x.view(b, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * p, w * p)
 
-
 def build(config):
+    shape, text = (config.z_channels, config.side, len(config.classes)), config.condition == "text"
     if config.model == "dit":
-        gelu = "tanh" if config.objective in ("ddpm", "sit") else "none"
-        return DiT(config.z_channels, config.side, len(config.classes), config.dit, gelu)
-    return UNet(config.z_channels, config.side, len(config.classes), config.widths, config.blocks,
-                config.attention_at)
-
+        return DiT(*shape, config.dit, "tanh" if config.objective in ("ddpm", "sit") else "none", text)
+    return UNet(*shape, config.widths, config.blocks, config.attention_at, text)
 
 # ---- latents -----------------------------------------------------------------------------------------------
 
-class Latents:
-    """A file of means and log-variances, float16 [images, views, 2, c, h, w]; a view is the image or its
-    mirror. Every view is a row of its own in training: latents[rows] is float16 [n, 2, c, h, w] and classes
-    int64 [n]."""
+def record(views, c, side):
+    """What is kept of an image: means and log-variances of its views, itself and perhaps its mirror, and
+    the ids of its caption."""
+    return np.dtype([("moments", "<f2", (views, 2, c, side, side)), ("words", "<u2", (data.WORDS,))])
 
-    def __init__(self, file, labels):
+class Latents:
+    """A file of records. Every view is a row of its own in training, but for `text`, which may speak of left
+    and right: latents[rows] is float16 [n, 2, c, h, w] and y, classes int64 [n] or ids int64 [n, WORDS]."""
+
+    def __init__(self, file, labels, text=False):
         try:
-            moments = np.load(file, mmap_mode="r")
+            self.records = np.load(file, mmap_mode="r")
         except (ValueError, EOFError) as error:
             raise SystemExit(f"error: {file} is truncated or no array ({error}): remove it, to make it again")
-        self.views, self.labels = moments.shape[1], labels
-        self.moments = moments.reshape(-1, *moments.shape[2:])
+        self.labels, self.text = labels, text
+        self.views = 1 if text else self.records["moments"].shape[1]
 
     def __len__(self):
-        return len(self.moments)
+        return len(self.records) * self.views
 
     def __getitem__(self, rows):
-        return torch.from_numpy(self.moments[rows.numpy()]), self.labels[rows // self.views]
+        image, view = rows // self.views, (rows % self.views).numpy()
+        y = self.labels[image]
+        if self.text:
+            y = torch.from_numpy(self.records["words"][image.numpy()].astype(np.int64))
+        return torch.from_numpy(self.records["moments"][image.numpy(), view]), y
 
+class Captioned:
+    """Images with the ids of their captions, in place of classes."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, rows):
+        pixels, _ = self.images[rows]                   # first: then it knows which stand in for others
+        return pixels, data.tokens([self.images.caption(row) for row in rows.tolist()])
 
 @torch.no_grad()
 def encode(coder, pixels, views, autocast):
@@ -377,11 +438,9 @@ def encode(coder, pixels, views, autocast):
                                 for view in range(views)], 1) for x in parts]
     return torch.cat(moments).half()
 
-
 def at_once(device, size):
     """How many images of that size to encode or decode at once."""
     return max(1, PIXELS * (8 if device.type == "cuda" else 1) // size ** 2)
-
 
 def measure(moments, device):
     """The scale, 1 / std of z = mean + exp(logvar / 2) noise over all moments [n, views, 2, c, h, w]."""
@@ -393,16 +452,16 @@ def measure(moments, device):
     mean, second = (sums / (moments.size / 2)).tolist()
     return 1 / math.sqrt(second - mean ** 2)
 
-
 def write_latents(coder, train, name, device, autocast, workers):
     """Encode every image and its mirror into one file -> its name: `name` and the scale. A block is one
     batch whichever process makes it, large enough that a GPU hardly waits for its writing. The first process
     appends them in order to a partial file, so that an interrupted run goes on at its end."""
-    partial, side = f"{name}.npy.part", train.size // coder.factor
-    block = min(len(train), 4 * at_once(device, train.size))
-    shape, header = (len(train), 1 + train.flip, 2, coder.z_channels, side, side), io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    head, row, done = len(header.getvalue()), 2 * math.prod(shape[1:]), 0
+    partial, header = f"{name}.npy.part", io.BytesIO()
+    kind = record(1 + train.flip, coder.z_channels, train.size // coder.factor)
+    np.lib.format.write_array_header_1_0(header, {
+        "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(train),)})
+    block, head, row = min(len(train), 4 * at_once(device, train.size)), len(header.getvalue()), kind.itemsize
+    done = 0
     file = open(partial, "ab") if data.RANK == 0 else None
     if file:
         data.lock(file)
@@ -413,25 +472,26 @@ def write_latents(coder, train, name, device, autocast, workers):
         file.write(b"" if done else header.getvalue())
     firsts, began = range(data.from_first(done), len(train), block * data.WORLD), time.perf_counter()
     plan = (torch.arange(block).add(first + data.RANK * block).clamp(max=len(train) - 1) for first in firsts)
-    for first, (pixels, _) in zip(firsts, data.feed(train, plan, device, workers)):
-        moments = data.gather(encode(coder, pixels, 1 + train.flip, autocast))[:len(train) - first]
+    for first, (pixels, words) in zip(firsts, data.feed(Captioned(train), plan, device, workers)):
+        moments, words = data.gather(encode(coder, pixels, 1 + train.flip, autocast)), data.gather(words)
         if file:
+            records = np.empty(min(len(moments), len(train) - first), kind)
+            records["moments"], records["words"] = moments[:len(records)], words[:len(records)]
             try:
-                file.write(moments.numpy().tobytes()), file.flush()
+                file.write(records.tobytes()), file.flush()
             except OSError as error:
                 raise SystemExit(f"error: cannot write {partial}: {error.strerror}; what it has is kept")
-            done = first + len(moments)
+            done = first + len(records)
             rate = (done - firsts[0]) / (time.perf_counter() - began)
             data.say(f"encoding {done:,}/{len(train):,}  {rate:.1f} images/s", done == len(train))
         if stop := data.stop_asked():
             data.leave(stop, "the latents made so far are kept; run again to go on")
     if file:
         os.fsync(file.fileno()), file.close()
-        moments = np.load(partial, mmap_mode="c")       # writable, as torch wants it, but not to the file
+        moments = np.load(partial, mmap_mode="c")["moments"]    # writable, as torch wants it, on no disk
         name = f"{name}_{measure(moments, device):.8g}.npy"
         os.replace(partial, name)
     return data.from_first(name)
-
 
 def precompute(coder, train, folder, device, autocast, workers):
     """The file of latents in `folder`, made if it is not there -> its name and the scale, with which that
@@ -448,7 +508,6 @@ def precompute(coder, train, folder, device, autocast, workers):
         print(f"latents of other VAEs or datasets, to be deleted if no run needs them: {', '.join(older)}")
     return file, float(file[len(name) + 1:-len(".npy")])
 
-
 # ---- training ----------------------------------------------------------------------------------------------
 
 def draw(cfg, step, batch, device):
@@ -464,31 +523,27 @@ def draw(cfg, step, batch, device):
         t = (t * 1000).floor().add(1).clamp(max=1000) / 1000
     return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout
 
-
 def update_ema(ema, model, decay, step, every=1):
     """ema = d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)) ** every: the start fades."""
     averages = list(ema.parameters())
     weights = [p.detach().to(averages[0].device) for p in model.parameters()]
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)) ** every)
 
-
 def one_latent(cfg):
     """A forward and backward pass, for `vae.report`."""
     x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
-    diffusion_loss(build(cfg), cfg.objective, x, x, t, t.long()).mean().backward()
-
+    y = torch.zeros(1, data.WORDS) if cfg.condition == "text" else t
+    diffusion_loss(build(cfg), cfg.objective, x, x, t, y.long()).mean().backward()
 
 def start_noise(rows, shape, seed):
     """Noise [n, *shape] on the CPU for images `rows`; image i has its own generator, seeded by (seed, i)."""
     generators = [torch.Generator().manual_seed(seed * 10_000_019 + i) for i in rows]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
-
 def decode(coder, z, scale, shift=0.0):
     """Scaled latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
     parts = z.split(at_once(z.device, coder.factor * z.shape[-1]))
     return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale, shift))) for part in parts])
-
 
 def published(path, objective):
     """Weights of a DiT or SiT, whose names are ours -> what a diffusion.pt says of them. Of the last layer's
@@ -507,9 +562,8 @@ def published(path, objective):
         raise SystemExit(f"error: {path} holds no DiT of a published size: {error}")
     names = ResNet50_Weights.DEFAULT.meta["categories"] if classes == 1000 else [*map(str, range(classes))]
     config = dict(model="dit", dit=f"{size}/{p}", objective=objective, z_channels=c, cfg=4.0, sample_steps=50,
-                  side=math.isqrt(places) * p, classes=names, data="a published run")
+                  side=math.isqrt(places) * p, classes=names, condition="class", data="a published run")
     return {"config": config, "step": 0, "ema": weights}
-
 
 def load(path, device="cpu", objective="", coder=""):
     """A trained denoiser with its averaged weights, and its VAE -> denoiser, VAE, checkpoint. With an
@@ -525,7 +579,6 @@ def load(path, device="cpu", objective="", coder=""):
         raise SystemExit(f"error: the VAE has {coder.z_channels} latent channels, {path} another number")
     state["config"]["size"] = state["config"]["side"] * coder.factor
     return model.to(device).eval().requires_grad_(False), coder, state
-
 
 def find(given):
     """What the flags mean -> the run's folder, its checkpoint with --resume, else None, and the VAE's."""
@@ -547,7 +600,6 @@ def find(given):
     out = out or os.path.dirname(path)
     return out, data.begin(f"{out}/diffusion.pt", given, "diffusion.py"), found
 
-
 def main(argv=None):
     given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
 
@@ -563,26 +615,28 @@ def main(argv=None):
         setattr(cfg, key, getattr(cfg, key) or getattr(coder_cfg, key))
     device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
-    coder, batch = coder.to(device), micro * steps * world
+    coder, batch, text = coder.to(device), micro * steps * world, cfg.condition == "text"
     cfg.out, cfg.z_channels, cfg.side = out, coder.z_channels, cfg.size // coder.factor
 
     # latents
     if cfg.bench:
         moments = torch.randn(256, 2, cfg.z_channels, cfg.side, cfg.side, dtype=torch.float16)
-        latents, scale = data.Images(range(1000), range(256), cfg.side, moments), 1.0
+        y = np.ones((256, data.WORDS), int) if text else range(256)
+        latents, scale = data.Images(range(1000), y, cfg.side, moments), 1.0
         cfg.classes, cfg.max_steps, cfg.log_every = latents.classes, 20, 1
     else:
         data.catch_signals()
         folder, known = data.folder_of(cfg.data), coder_cfg if cfg.data == coder_cfg.data else cfg
         for made in (out, folder):
             os.makedirs(made, exist_ok=True)
-        train, _ = data.load(cfg.data, cfg.data_dir, cfg.size, getattr(known, "classes", ()))
+        train, val = data.load(cfg.data, cfg.data_dir, cfg.size, getattr(known, "classes", ()))
         if cfg.compile and device.type == "cuda":
             coder.encode = torch.compile(coder.encode, dynamic=False)   # chooses channels-last by itself
         file, scale = precompute(coder, train, folder, device, autocast, cfg.workers)
-        latents, cfg.classes = Latents(file, train.labels), train.classes
+        latents, cfg.classes = Latents(file, train.labels, text), train.classes
+        cfg.prompts = [val.caption(row) for row in range(min(1000, len(val)) if text else 0)]
     scale = cfg.scale or vars(coder_cfg).get("scale") or scale
-    shift, null = cfg.shift or vars(coder_cfg).get("shift", 0.0), len(cfg.classes)
+    shift, null = cfg.shift or vars(coder_cfg).get("shift", 0.0), 0 if text else len(cfg.classes)
 
     # denoiser
     torch.manual_seed(cfg.seed)
@@ -597,15 +651,15 @@ def main(argv=None):
     if state:
         data.restore(trained, state)
     elif cfg.init:
-        table = "y_embedder.embedding_table.weight"     # of other classes: starts anew
-        if len(init["ema"][table]) != null + 1:
-            init["ema"][table] = model.state_dict()[table]
+        if text or len(init["config"]["classes"]) != null:      # what knows of classes or words starts anew
+            init["ema"] |= {name: tensor for name, tensor in model.state_dict().items()
+                            if "y_embedder." in name or ".cross." in name}
         data.restore({"model": model, "ema": ema}, init | {"model": init["ema"]})
     start = state["step"] if state else 0
     print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.objective}, on {len(latents):,} "
-          f"latents {[cfg.z_channels, cfg.side, cfg.side]} of scale {scale:.4f} and shift {shift:g}; "
-          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}"
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.objective}, by {cfg.condition}; "
+          f"{len(latents):,} latents {[cfg.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}, shift "
+          f"{shift:g}; {cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}"
           f"{' in bf16' if cfg.bf16 else ''}")
     if cfg.grad_checkpoint:
         recompute(model, ResBlock, DiTBlock)
@@ -614,8 +668,9 @@ def main(argv=None):
     run = DDP(model, broadcast_buffers=False) if world > 1 else model
 
     def picture(step):
-        shown = min(null, 10)
-        y = torch.arange(cfg.samples, device=device) % shown * (null // shown)
+        shown = min(10, len(cfg.prompts) if text else null)
+        y = torch.arange(cfg.samples) % shown
+        y = (data.tokens(cfg.prompts)[y] if text else y * (null // shown)).to(device)
         x = start_noise(range(len(y)), (cfg.z_channels, cfg.side, cfg.side), cfg.seed).to(device)
         ema.to(device)                                          # into the memory of the gradients, none now
         with autocast:
@@ -641,7 +696,7 @@ def main(argv=None):
             moments, y = next(batches)
             mean, logvar = moments.float().unbind(1)
             x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale, shift)
-            y = torch.where(dropped[rows], null, y)
+            y = torch.where(dropped[rows].view(-1, *[1] * (y.ndim - 1)), null, y)
             run.require_backward_grad_sync = k == steps - 1     # DDP averages at the last micro-step only
             with autocast:
                 loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y)
@@ -686,7 +741,6 @@ def main(argv=None):
         return vae.report(log.seconds, batch, one_latent, cfg, device)
     size = os.path.getsize(f"{out}/diffusion.pt") / 1e6
     print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE, and samples_{cfg.max_steps:06d}.png")
-
 
 if __name__ == "__main__":
     data.guard(main)

@@ -13,6 +13,7 @@ it depends neither on the batch nor on the number of processes.
 import argparse
 import os
 import pathlib
+import re
 import time
 
 import numpy as np
@@ -31,6 +32,7 @@ VAE = ""                    # a vae.pt or published weights to decode with; empt
 SCALE = 0.0                 # from 0; of the latents; 0: the run's, or in the config.json beside --vae
 SHIFT = 0.0                 # from -1e6; of the latents
 CLASS = ()                  # classes, by index or name; empty: all (10 of them for a grid)
+PROMPT = ()                 # captions, of a run with --condition text; empty: those of its validation images
 COUNT = 0                   # from 0; images, spread evenly over the classes, 0: 8 of each
 CFG = -1.0                  # from -1; guidance scale, 1: none, below 0: as in the run's pictures
 STEPS = 0                   # from 0; sampler steps, 0: as in the run's pictures
@@ -46,7 +48,6 @@ BF16 = None                 # bfloat16 autocast in the denoiser; unset: where it
 COMPILE = False             # torch.compile of denoiser and decoder: pays from about a thousand images
 # ------------------------------------------------------------------------------------------------------------
 
-
 def find_class(word, classes):
     """A class's folder name, an index, or one of ImageNet's English names -> the index."""
     names = [name.lower() for name in classes]
@@ -60,7 +61,6 @@ def find_class(word, classes):
         raise SystemExit(f"error: no class {word!r}: expected an index up to {len(classes) - 1} or a name, "
                          f"{', '.join(classes[:10])}{', ...' * (len(classes) > 10)}")
     return names.index(word.lower())
-
 
 def main(argv=None):
     cfg = data.settings(globals(), data.flags(globals(), argv))
@@ -80,20 +80,29 @@ def main(argv=None):
     # what to draw
     if cfg.interval[0] > cfg.interval[1]:
         raise SystemExit("error: --interval takes the lower bound first")
-    words, null, as_grid = getattr(cfg, "class"), len(run.classes), not (cfg.png or cfg.npz)
+    text, null, as_grid = run.condition == "text", len(run.classes), not (cfg.png or cfg.npz)
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
-    chosen = [find_class(word, run.classes) for word in words] or list(range(null))
-    if as_grid and not words:
-        chosen = chosen[::-(-null // 10)]
+    chosen = [find_class(word, run.classes) for word in getattr(cfg, "class")]
+    if text:
+        null, chosen = 0, [*cfg.prompt, *(run.classes[k] for k in chosen)]
+    for prompt in cfg.prompt:
+        if not text or not 0 < len(data.words_of(prompt)) <= data.WORDS:
+            raise SystemExit(f"error: --prompt {prompt!r}: expected 1 to {data.WORDS} words, for a run with "
+                             f"--condition text")
+    asked, some = bool(chosen), slice(10) if text else slice(None, None, -(-null // 10))
+    every = run.prompts if text else list(range(null))
+    chosen = chosen or every[some if as_grid else slice(None)]
     count = cfg.count or 8 * len(chosen)
     spread = [i * len(chosen) // count if count < len(chosen) else i % len(chosen) for i in range(count)]
-    y, shape = torch.tensor(chosen)[spread], (run.z_channels, run.side, run.side)
+    labels = torch.tensor(range(len(chosen)) if text else chosen)[spread]
+    y = data.tokens(chosen)[labels] if text else labels
+    shape = run.z_channels, run.side, run.side
 
     # into which files; a folder of images drawn with the same settings is gone on with
     tag = f"cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}"
     tag += "_interval{:g}-{:g}".format(*cfg.interval) if cfg.interval != INTERVAL else ""
     tag += f"_count{count}" if cfg.count else ""
-    name = "-".join(str(k) for k in chosen)[:60] if words else "all"
+    name = re.sub(r"\W+", "-", "-".join(map(str, chosen)))[:60] if asked else "all"
     grid_file = f"{cfg.out or os.path.dirname(file) or '.'}/grid_{name}_{tag}.png"
     record = pathlib.Path(cfg.png, "settings.txt")
     last = [*state["ema"].values()][-1].sum().item()
@@ -145,7 +154,7 @@ def main(argv=None):
     # write
     columns = len(chosen) if 1 < len(chosen) <= 20 else 8
     if cfg.npz:
-        arrays = {"arr_0": pixels[-1].permute(0, 2, 3, 1).numpy(), "arr_1": y.numpy()}
+        arrays = {"arr_0": pixels[-1].permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
         data.replace_file(cfg.npz, lambda f: np.savez(f, **arrays))
     if as_grid:
         data.replace_file(grid_file, lambda f: data.grid(pixels[-1], columns).save(f, "png"))
@@ -154,9 +163,8 @@ def main(argv=None):
         data.replace_file(cfg.gif, lambda f: pages[0].save(f, "gif", save_all=True, append_images=pages[1:],
                                                            duration=times, loop=0))
     made = ", ".join(filter(None, (cfg.png, cfg.npz, as_grid and grid_file, cfg.gif)))
-    names = ", ".join(run.classes[k] for k in chosen[:10])
-    print(f"classes {names}, cfg {guidance:g}, {steps} {cfg.sampler} steps: {made}")
-
+    names = ", ".join(chosen[:10] if text else (run.classes[k] for k in chosen[:10]))
+    print(f"{names}, cfg {guidance:g}, {steps} {cfg.sampler} steps: {made}")
 
 if __name__ == "__main__":
     data.guard(main)

@@ -57,6 +57,10 @@ Z_CHANNELS = 16             # from 1; of the latent
 ATTENTION = False           # self-attention at the lowest resolution
 GROUPS = 0                  # from 0; of the norms, 0: 32, or as many as leave each 4 channels
 QUANT = True                # the published 1x1 convolutions on both sides of the latent
+BOTTLENECK = "kl"           # one of kl, vq, fsq; noise and a KL loss, or codes: see the section below the VAE
+CODES = 512                 # from 2; vq: codes in the book
+CODE_WIDTH = 4              # from 1; vq: channels of a code, so that a place has z_channels / this of them
+LEVELS = 5                  # from 2; fsq: values that a channel can take
 DISC_WIDTH = 32             # from 4; channels of the discriminator's first layer
 # loss
 L1_WEIGHT = 0.0             # from 0 to 1; pixel loss = (1 - this) * mse + this * l1
@@ -65,6 +69,7 @@ KL_WARMUP = 0.2             # from 0 to 1; share of the updates over which the K
 ADV_WEIGHT = 0.02           # from 0; on the adversarial loss, after the warmup
 ADV_WARMUP = 0.4            # from 0 to 1; share of the updates over which the adversarial weight grows from 0
 FM_WEIGHT = 0.1             # from 0; on feature matching
+VQ_WEIGHT = 1.0             # from 0; vq: on the codebook's and the commitment loss
 GAN_LOSS = "bce"            # one of bce, hinge
 PERCEPTUAL_WEIGHT = 0.0     # from 0; on VGG16 features, whose 528 MB torchvision downloads
 # optimiser
@@ -98,23 +103,20 @@ PRESETS = {
 }
 BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
 SPIKE = 1000.0              # an update whose gradient norm is above this is skipped
+RESTART = 100               # updates after which a code that was not taken starts again
 AMX = torch.cpu._is_amx_tile_supported()        # a CPU with matrix units
-
 
 # ---- layers, named as in diffusers' AutoencoderKL: its state dicts are ours --------------------------------
 
 def named(**layers):
     return nn.Sequential(OrderedDict(layers))
 
-
 def norm(channels, groups):
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
 
 def groups_for(*widths):
     """One number of norm groups for a whole model: 32, fewer where one would have less than 4 channels."""
     return math.gcd(*widths, min(32, min(widths) // 4 or 1))
-
 
 class ResBlock(nn.Module):
     """Pre-activation residual block: [b, c_in, h, w] -> [b, c_out, h, w]."""
@@ -130,14 +132,12 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
-
 def attend(q, k, v):
     """Softmax attention over [..., n, d]."""
     # on CPUs two products take a third to two thirds of the fused kernel's time, but with AMX, forward only
     if q.device.type == "cpu" and (torch.is_grad_enabled() or not AMX):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
-
 
 class Attention(nn.Module):
     """Single-head self-attention over the pixels: [b, c, h, w] -> the same."""
@@ -152,7 +152,6 @@ class Attention(nn.Module):
         h = self.to_out(attend(self.to_q(h), self.to_k(h), self.to_v(h)))
         return x + h.transpose(1, 2).reshape(x.shape)       # copied: else all that follows is channels-last
 
-
 class Downsample(nn.Conv2d):
     """Halve the resolution: pad right and below, 3x3 convolution of stride 2."""
 
@@ -161,7 +160,6 @@ class Downsample(nn.Conv2d):
 
     def forward(self, x):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
-
 
 class Upsample(nn.Conv2d):
     """Double the resolution: nearest neighbour, then a 3x3 convolution. [b, c, h, w] -> [b, c, 2h, 2w]. On
@@ -180,14 +178,12 @@ class Upsample(nn.Conv2d):
         kernel = (self.weight.flatten(2) @ self.fold).unflatten(2, (4, 4))
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
-
 def recompute(model, *kinds):
     """Have modules of these kinds keep their inputs alone and compute the rest again in the backward pass."""
     for module in model.modules():
         if isinstance(module, kinds):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
                                                preserve_rng_state=False)
-
 
 # ---- the autoencoder ---------------------------------------------------------------------------------------
 
@@ -201,7 +197,6 @@ def levels(widths, blocks, groups, resample, name):
         stack.append(named(resnets=nn.Sequential(*resnets), **change))
     return nn.Sequential(*stack)
 
-
 class Middle(nn.Module):
     """Two residual blocks and, between them, perhaps attention."""
 
@@ -213,16 +208,17 @@ class Middle(nn.Module):
     def forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
-
 class VAE(nn.Module):
     """KL autoencoder of the published KL-f8 shape: [b, 3, s, s] in [-1, 1] <-> [b, z_channels, s/f, s/f],
     f = 2 ** (len(widths) - 1). With widths (128, 256, 512, 512) and 4 latent channels: 83,653,863 parameters.
     Layers start by keeping the variance of what they get, but for zeros at the end of residual blocks. The
-    ends of the two halves are no zeros: the decoder would learn to ignore the latent."""
+    ends of the two halves are no zeros: the decoder would learn to ignore the latent. `codes`, a VQ or FSQ,
+    takes the place of noise and KL."""
 
-    def __init__(self, widths, blocks=2, z_channels=4, attention=True, groups=0, quant=True):
+    def __init__(self, widths, blocks=2, z_channels=4, attention=True, groups=0, quant=True, codes=None):
         super().__init__()
         self.factor, self.z_channels, self.wide = 2 ** (len(widths) - 1), z_channels, widths[0] >= 128
+        self.codes = codes
         first, last, groups = widths[0], widths[-1], groups or groups_for(*widths)
         self.encoder = named(
             conv_in=nn.Conv2d(3, first, 3, padding=1),
@@ -253,17 +249,76 @@ class VAE(nn.Module):
     def encode(self, x):
         """Images [b, 3, s, s] -> mean and log-variance of q(z|x), float32 [b, z_channels, s/f, s/f] each."""
         mean, logvar = self.quant_conv(self.through(self.encoder, x)).float().chunk(2, dim=1)
+        if self.codes:
+            return mean.tanh() if isinstance(self.codes, FSQ) else mean, torch.full_like(mean, -20)
         return mean, logvar.clamp(-20, 20)
 
     def decode(self, z):
         """Latents [b, z_channels, h, w] -> images, float32 [b, 3, f*h, f*w], in [-1, 1] but for overshoot."""
+        if self.codes:
+            z = z + (self.codes(z) - z).detach()        # the codes, but the gradient goes straight through
         return self.through(self.decoder, self.post_quant_conv(z)).float()
 
     def forward(self, x, noise):
-        """Images and standard normal noise (0 for the mean) -> reconstruction, mean, log-variance."""
+        """Images and standard normal noise (0 for the mean) -> reconstruction, mean, log-variance; and what
+        the mean is with `codes`."""
         mean, logvar = self.encode(x)
-        return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
+        recon = self.decode(mean + (logvar / 2).exp() * noise)
+        return (recon, mean, logvar, self.codes(mean)) if self.codes else (recon, mean, logvar)
 
+# ---- codebooks: --bottleneck vq, fsq. The denoiser learns what `encode` gives; `decode` takes the codes ----
+
+class VQ(nn.Module):
+    """Vector quantisation (van den Oord et al. 2017): latents [b, c, h, w] -> the nearest codes, as many a
+    place as c holds of their width. `counts` says how often each was taken, in training since the last
+    update; `idle` for how many updates none was."""
+
+    def __init__(self, codes, width):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codes, width))
+        self.register_buffer("idle", torch.zeros(codes))
+        self.register_buffer("counts", torch.zeros(1, codes, dtype=torch.long), persistent=False)
+
+    def forward(self, z):
+        places = z.unflatten(1, (-1, self.codebook.shape[1])).movedim(2, -1)    # [b, c / width, h, w, width]
+        k = torch.cdist(places.detach().flatten(0, -2), self.codebook.detach()).argmin(1)
+        self.counts.scatter_add_(1, k[None], torch.ones_like(k[None]))
+        return self.codebook[k].view(places.shape).movedim(-1, 2).reshape(z.shape)
+
+    @torch.no_grad()
+    def restart(self, source):
+        """After an update: a code that none took for RESTART updates becomes a used one, and noise."""
+        taken = data.total(self.counts)[0]
+        self.idle.add_(1).mul_(taken == 0)
+        like = torch.multinomial(taken + 1e-9, len(taken), replacement=True, generator=source)
+        noise = torch.randn(self.codebook.shape, device=like.device, generator=source)
+        old, new = self.codebook, self.codebook[like] + 0.01 * noise
+        old.copy_(torch.where((self.idle >= RESTART)[:, None], new, old))
+        self.idle.mul_(self.idle < RESTART), self.counts.zero_()
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation (Mentzer et al. 2024): every channel, bounded in `encode`, goes to the
+    nearest of `levels` values evenly spaced on [-1, 1]. There is nothing to learn."""
+
+    def __init__(self, channels, levels):
+        super().__init__()
+        self.levels = levels
+        self.register_buffer("counts", torch.zeros(channels, levels, dtype=torch.long), persistent=False)
+
+    def forward(self, z):
+        k = ((z.clamp(-1, 1) + 1) / 2 * (self.levels - 1)).round()
+        row = k.transpose(0, 1).flatten(1).long()                               # [c, b * h * w]
+        self.counts.scatter_add_(1, row, torch.ones_like(row))
+        return k * 2 / (self.levels - 1) - 1
+
+def vq_loss(mean, q):
+    """The codebook moves to the latents, and a quarter as much the latents to the codebook."""
+    return F.mse_loss(q, mean.detach()) + 0.25 * F.mse_loss(mean, q.detach())
+
+def usage(counts):
+    """Counts [channels, n] -> how many of the n are used, and their perplexity, on average."""
+    p = counts / counts.sum(1, keepdim=True)
+    return (counts > 0).sum(1).float().mean().item(), torch.special.entr(p).sum(1).exp().mean().item()
 
 # ---- the discriminator -------------------------------------------------------------------------------------
 
@@ -289,22 +344,18 @@ class Discriminator(nn.Module):
             features.append(x)
         return self.logits(x).float(), features
 
-
 # ---- losses, all in float32 --------------------------------------------------------------------------------
 
 def pixel_loss(recon, x, l1_weight):
     return (1 - l1_weight) * F.mse_loss(recon, x) + l1_weight * F.l1_loss(recon, x)
 
-
 def kl_loss(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, mean over elements (Kingma and Welling 2014, app. B)."""
     return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
 
-
 def generator_loss(fake, kind):
     """The VAE's adversarial loss on the logits of its reconstructions."""
     return F.softplus(-fake).mean() if kind == "bce" else -fake.mean()
-
 
 def discriminator_loss(real, fake, kind):
     """Binary cross-entropy (ln 2 = 0.69 when confused) or hinge (1 when confused), mean of real and fake."""
@@ -312,11 +363,9 @@ def discriminator_loss(real, fake, kind):
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
-
 def feature_loss(fake, real):
     """Feature matching (Wang et al. 2018): L1 between two lists of features, mean over layers."""
     return sum(F.l1_loss(f.float(), r.float()) for f, r in zip(fake, real)) / len(fake)
-
 
 class Perceptual(nn.Module):
     """Distance of normalised VGG16 features at five depths: LPIPS (Zhang et al. 2018), no learned weights."""
@@ -339,13 +388,12 @@ class Perceptual(nn.Module):
             loss += (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
         return loss
 
-
 def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, steps, autocast):
     """Add the gradients of both players on images x [b, 3, s, s], 1/steps of each, from one VAE forward.
     The discriminator sees a detached reconstruction and is frozen in the VAE's pass, so neither loss
     reaches the other's weights. `run_*` are the compiled or distributed modules -> names and values [n]."""
     with autocast:
-        recon, mean, logvar = run_vae(x, noise)
+        recon, mean, logvar, *codes = run_vae(x, noise)
         logits, features = run_disc(torch.cat([x, recon.detach()]))
         real, fake = logits.chunk(2)
         disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
@@ -354,7 +402,10 @@ def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, step
     disc.requires_grad_(False)
     with autocast:
         fake_logits, fake_features = disc(recon)
-        terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), "kl": kl_loss(mean, logvar),
+        rate = {} if codes else {"kl": kl_loss(mean, logvar)}
+        if cfg.bottleneck == "vq":
+            rate = {"vq": vq_loss(mean, *codes)}
+        terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), **rate,
                  "adv": generator_loss(fake_logits, cfg.gan_loss),
                  "fm": feature_loss(fake_features, [f[:len(x)].detach() for f in features])}
         if perceptual:
@@ -364,7 +415,6 @@ def micro_step(run_vae, run_disc, disc, perceptual, x, noise, weights, cfg, step
     disc.requires_grad_(True)
     values = {**terms, "loss": loss, "disc": disc_loss, "real": real.mean(), "fake": fake.mean()}
     return list(values), torch.stack(list(values.values())).detach()
-
 
 # ---- the log, and the bench --------------------------------------------------------------------------------
 
@@ -420,7 +470,6 @@ class Log:
         left = f"{(self.total - step) * seconds / 60:.1f} min left  {batch / seconds:.0f} images/s"
         data.say("  ".join([f"step {step:,}/{self.total:,}", left, *shown]), last=step == self.total)
 
-
 def report(seconds, batch, one_image, cfg, device):
     """What --bench prints: the median update but for the first three, next to a large product's speed. The
     FLOPs are those of one_image(cfg), which makes modules and tensors without data: torch.device("meta")."""
@@ -440,10 +489,10 @@ def report(seconds, batch, one_image, cfg, device):
           f"TFLOP/s = {reached / product:.0%} of a large product's {product / 1e12:.3g}, peak memory "
           f"{memory / 1e9:.2f} GB")
 
-
 # ---- weights, in and out -----------------------------------------------------------------------------------
 
-SHAPE = "widths", "blocks", "z_channels", "attention", "groups", "quant"
+SHAPE = ("widths", "blocks", "z_channels", "attention", "groups", "quant", "bottleneck", "codes",
+         "code_width", "levels")
 RENAMED = [                 # from the original code's names (Rombach et al. 2022), and diffusers' older ones
     (r"^first_stage_model\.", ""), (r"\.down\.(\d)", r".down_blocks.\1"),
     (r"(blocks\.\d)\.block", r"\1.resnets"), (r"\.(up|down)sample\.", r".\1samplers.0."),
@@ -453,17 +502,20 @@ RENAMED = [                 # from the original code's names (Rombach et al. 202
     (r"(attentions\.0)\.proj_(out|attn)", r"\1.to_out.0"),
     (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2.")]
 
-
 def build(config):
-    return VAE(config.widths, config.blocks, config.z_channels, config.attention, config.groups, config.quant)
-
+    codes = None
+    if config.bottleneck == "vq":
+        codes = VQ(config.codes, config.code_width)
+    elif config.bottleneck == "fsq":
+        codes = FSQ(config.z_channels, config.levels)
+    return VAE(config.widths, config.blocks, config.z_channels, config.attention, config.groups, config.quant,
+               codes)
 
 def load_vae(state, device="cpu"):
     """The VAE of a vae.pt or of a diffusion.pt, which carries it along, frozen."""
     vae = build(argparse.Namespace(**state.get("vae_config", state["config"])))
     data.restore({"vae": vae}, state)
     return vae.to(device).eval().requires_grad_(False)
-
 
 def read_weights(path):
     """The tensors of a published file by their names. No code in it is run: safetensors, if that package is
@@ -480,7 +532,6 @@ def read_weights(path):
     except Exception as error:
         raise SystemExit(f"error: cannot read {path}: {str(error).splitlines()[0]:.90} (for .safetensors pip "
                          f"install safetensors; of a pickle that holds more, save the state_dict alone)")
-
 
 def open_vae(path):
     """A vae.pt, or published weights of a KL autoencoder -> what a vae.pt says. The shape is read from the
@@ -507,11 +558,10 @@ def open_vae(path):
     config = {"widths": tuple(len(state[name]) for name in resnets if ".resnets.0." in name),
               "blocks": sum(".down_blocks.0." in name for name in resnets),
               "z_channels": state["decoder.conv_in.weight"].shape[1], "quant": "quant_conv.weight" in state,
-              "attention": "decoder.mid_block.attentions.0.to_q.weight" in state,
+              "attention": "decoder.mid_block.attentions.0.to_q.weight" in state, "bottleneck": "kl",
               "groups": about.get("norm_num_groups", 32), "scale": about.get("scaling_factor"),
               "shift": about.get("shift_factor") or 0.0}
     return {"config": config, "step": 0, "vae": state}
-
 
 def export(cfg, weights, run):
     """Write cfg.export, a folder that diffusers' AutoencoderKL.from_pretrained reads. The scale is that of
@@ -533,19 +583,16 @@ def export(cfg, weights, run):
         torch.save(dict(weights), f"{file}.bin")
     print(f"{cfg.export}: config.json and weights")
 
-
 # ---- training ----------------------------------------------------------------------------------------------
 
 def cosine(start, end, progress):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
 
 def one_image(cfg):
     """Both players' forward and backward passes, for `report`."""
     vae, disc = build(cfg), Discriminator(cfg.size, cfg.disc_width)
     x, weights = torch.empty(1, 3, cfg.size, cfg.size), dict.fromkeys(("pixel", "kl", "adv", "fm"), 1.0)
     micro_step(vae, disc, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
-
 
 @torch.backends.cudnn.flags(enabled=False)      # whose TF32 is too coarse for differences of means of squares
 def ssim(a, b):
@@ -561,32 +608,33 @@ def ssim(a, b):
     products = (2 * mean_a * mean_b + c1) * (2 * (local(a * b) - mean_a * mean_b) + c2)
     return (products / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
 
-
 def write_png(path, image):
     """An image uint8 [3, h, w]; renamed into place, so that what has its name is whole."""
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{path}.part", "png")
     os.replace(f"{path}.part", path)
-
 
 @torch.no_grad()
 def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
     """Validation figures of reconstructions from the mean; each process takes its share of the images. The
     first 8 go to recon_<step>.png, below their originals."""
     rows = data.order(len(val), 0, min(len(val), cfg.eval_images), seed=0)
-    names = ["val_mse", "val_psnr", "val_ssim", "val_kl", "z_mean", "z_std"]
-    names += ["val_perceptual"] if perceptual else []
+    names = ["val_mse", "val_psnr", "val_ssim", "z_mean", "z_std"]
+    names += ["val_perceptual"] * bool(perceptual) + ["val_kl"] * (not vae.codes)
     sums = torch.zeros(len(names), device=device)
+    if vae.codes:
+        vae.codes.counts.zero_()
     mine = rows.split(max(8, cfg.batch_size // data.WORLD))[data.RANK::data.WORLD]
     for k, (pixels, _) in enumerate(data.feed(val, mine, device, cfg.workers)):
         x = data.to_float(pixels)
         with autocast:                                                  # uncompiled: another shape
-            recon, mean, logvar = vae.forward(x, torch.zeros((), device=device))
+            recon, mean, logvar = vae.forward(x, torch.zeros((), device=device))[:3]
         recon = recon.clamp(-1, 1)
         mse = (recon - x).square().mean((1, 2, 3))
         psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
         second = mean.square() + logvar.exp()                           # moment of z, over the noise too
-        values = [mse, psnr, ssim(recon, x), kl_loss(mean, logvar), mean, second]
+        values = [mse, psnr, ssim(recon, x), mean, second]
         values += [perceptual(recon, x)] if perceptual else []
+        values += [] if vae.codes else [kl_loss(mean, logvar)]
         sums += len(x) * torch.stack([value.mean() for value in values])
         drawn = data.to_uint8(recon)
         if k == data.RANK == 0 and cfg.out:
@@ -596,8 +644,11 @@ def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
             for name, image in zip(("real", "recon"), pair):
                 write_png(f"{cfg.png}/{name}/{row:06d}.png", image)
     figures = dict(zip(names, (data.total(sums) / len(rows)).tolist()))
-    return figures | {"z_std": math.sqrt(figures["z_std"] - figures["z_mean"] ** 2)}
-
+    figures["z_std"] = math.sqrt(figures["z_std"] - figures["z_mean"] ** 2)
+    if vae.codes:
+        figures["val_used"], figures["val_perplexity"] = usage(data.total(vae.codes.counts))
+        vae.codes.counts.zero_()
+    return figures
 
 def assess(given):
     """--eval and --export: a trained VAE's figures, or its weights in the layout of diffusers."""
@@ -605,8 +656,10 @@ def assess(given):
     path = given.get("init") or own or data.newest("vae.pt", "vae.py")
     state = open_vae(path)
     cfg = data.settings(globals(), given, given.get("data", DATA), state)
-    if cfg.export:
+    if cfg.export and cfg.bottleneck == "kl":
         return export(cfg, state["vae"], os.path.dirname(path))
+    if cfg.export:
+        raise SystemExit(f"error: {path} has a bottleneck of {cfg.bottleneck}, which diffusers' layout lacks")
     cfg.bf16 = given.get("bf16", False)                                 # as published figures are made
     device, autocast = data.start(cfg)
     _, val = data.load(cfg.data, cfg.data_dir, cfg.size, state["config"].get("classes", ()))
@@ -616,7 +669,6 @@ def assess(given):
     perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
     figures = evaluate(load_vae(state, device), val, cfg, state["step"], device, autocast, perceptual)
     print(f"{path}, {len(val):,} images: " + ", ".join(f"{key} {figures[key]:.4f}" for key in figures))
-
 
 def main(argv=None):
     given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
@@ -633,6 +685,8 @@ def main(argv=None):
     batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
     if cfg.size % factor:
         raise SystemExit(f"error: --size {cfg.size} is no multiple of {factor}, by which --widths downsample")
+    if cfg.bottleneck == "vq" and cfg.z_channels % cfg.code_width:
+        raise SystemExit(f"error: {cfg.z_channels} --z-channels are no multiple of --code-width")
 
     # images
     if cfg.bench:
@@ -659,11 +713,14 @@ def main(argv=None):
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
     start, side = state["step"] if state else 0, cfg.size // factor
     z_shape = (batch, cfg.z_channels, side, side)
+    summed = cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels
+    bottleneck = {
+        "kl": f"KL weight {cfg.kl_weight:g} per element, {summed:.3g} of KL and pixel loss summed up",
+        "vq": f"{cfg.codes} codes of {cfg.code_width} channels", "fsq": f"{cfg.levels} levels a channel"}
     print(f"VAE of {sum(p.numel() for p in vae.parameters()):,} and discriminator of "
-          f"{sum(p.numel() for p in disc.parameters()):,} parameters, latents {list(z_shape[1:])}; "
-          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro} images on {device}"
-          f"{' in bf16' if cfg.bf16 else ''}; KL weight {cfg.kl_weight:g} per latent element, "
-          f"{cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels:.3g} of KL and pixel loss summed up")
+          f"{sum(p.numel() for p in disc.parameters()):,} parameters, latents {list(z_shape[1:])}, "
+          f"{bottleneck[cfg.bottleneck]}; {cfg.max_steps:,} updates of {world} x {steps} x {micro} images on "
+          f"{device}{' in bf16' if cfg.bf16 else ''}")
     if cfg.grad_checkpoint:
         recompute(vae, ResBlock)
     if cfg.compile:
@@ -685,7 +742,7 @@ def main(argv=None):
         disc_opt.param_groups[0]["lr"] = cosine(cfg.disc_lr, cfg.disc_lr_min, progress)
         weights = {"pixel": 1.0, "kl": cfg.kl_weight * min(1, progress / max(cfg.kl_warmup, 1e-9)),
                    "adv": cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9)),
-                   "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight}
+                   "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight, "vq": cfg.vq_weight}
 
         # all noise of the update at once, by row: the same for any number of processes and micro-steps
         source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
@@ -713,6 +770,8 @@ def main(argv=None):
             if device.type != "mps" or not unsound:
                 opt.step()
             opt.zero_grad()
+        if cfg.bottleneck == "vq":
+            vae.codes.restart(source)
         skipped, streak = skipped + unsound, (streak + 1) * unsound
 
         # checkpoint, validation, picture
@@ -729,7 +788,7 @@ def main(argv=None):
             terms = dict(zip(names, (data.total(sums) / world).tolist()))
             for name in [name for name in weights if name in terms]:
                 terms[f"{name}_share"] = weights[name] * terms[name] / terms["loss"]
-            log.row(step, batch, ("pixel", "kl", "adv", "fm", "disc", "val_psnr"), **terms,
+            log.row(step, batch, ("pixel", "kl", "vq", "adv", "fm", "disc", "val_psnr"), **terms,
                     vae_norm=norms[0].item(), disc_norm=norms[1].item(), lr=vae_opt.param_groups[0]["lr"],
                     skipped=skipped.item(), streak=streak.item())
             skipped = torch.zeros_like(skipped)
@@ -739,7 +798,6 @@ def main(argv=None):
         return report(log.seconds, batch, one_image, cfg, device)
     print(f"{out}/vae.pt: " + ", ".join(f"{key} {value:.4g}" for key, value in log.values.items()
                                         if key.startswith(("val_", "z_"))))
-
 
 if __name__ == "__main__":
     data.guard(main)
