@@ -68,7 +68,7 @@ LR_WARMUP = 100             # from 0; updates of linear warmup
 CLIP = 1.0                  # from 1e-6; gradient norm
 EMA = 0.998                 # from 0 to 1; decay of the averaged weights
 # pictures
-CFG = 2.0                   # from 0; guidance scale, here and sample.py's default
+CFG = 1.5                   # from 0; guidance scale, here and sample.py's default
 SAMPLE_STEPS = 25           # from 1; sampler steps, here and sample.py's default
 SAMPLES = 80                # from 0; images in a picture, of ten classes at most; 0: no pictures
 # system
@@ -95,6 +95,7 @@ DIT_SIZES = {                # width, depth, heads
     "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
 WORD = 128                  # width of a word among words
+WORDS_LR = 3e-4             # at most, of the transformer over words: at 2e-3 it learns little of places
 PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two; on a GPU 32
 
 # ---- the method: path, loss, guidance, sampler -------------------------------------------------------------
@@ -208,7 +209,8 @@ class LabelEmbedder(nn.Module):
 def embedders(d, num_classes, text):
     """For time, and for class or caption."""
     t_embedder, y_embedder = TimestepEmbedder(d), (TextEmbedder(d) if text else LabelEmbedder(num_classes, d))
-    for weight in (t_embedder.mlp[0].weight, t_embedder.mlp[2].weight, y_embedder.embedding_table.weight):
+    table = [] if text else [y_embedder.embedding_table.weight]         # words so small were hardly learned
+    for weight in (t_embedder.mlp[0].weight, t_embedder.mlp[2].weight, *table):
         nn.init.normal_(weight, std=0.02)
     return t_embedder, y_embedder
 
@@ -646,7 +648,11 @@ def main(argv=None):
     model, home = build(cfg).to(device), "cpu" if cfg.ema_on_cpu else device
     ema = build(cfg).to(home).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    opt = torch.optim.AdamW(model.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
+    groups = [], []                                             # the second: the transformer over words
+    for name, parameter in model.named_parameters():
+        groups[".layers." in name].append(parameter)
+    groups = [{"params": group} for group in groups]
+    opt = torch.optim.AdamW(groups, cfg.lr, BETAS, weight_decay=0.0, fused=True)
     trained = {"model": model, "ema": ema, "opt": opt}
     if state:
         data.restore(trained, state)
@@ -686,7 +692,8 @@ def main(argv=None):
     for step in range(start, cfg.max_steps):
         # learning rate
         warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
-        opt.param_groups[0]["lr"] = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
+        lr = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
+        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = lr, min(lr, WORDS_LR)
 
         # micro-steps
         z_noise, e, t, dropped = draw(cfg, step, batch, device)
@@ -732,7 +739,7 @@ def main(argv=None):
             losses = data.total(losses)
             quarters = {f"loss_t{q + 1}/4": losses[(t * 4).long() == q].mean().item() for q in range(4)}
             log.row(step, batch, ("loss", "norm"), loss=losses.mean().item(), **quarters,
-                    norm=grad_norm.item(), lr=opt.param_groups[0]["lr"], skipped=skipped.item(),
+                    norm=grad_norm.item(), lr=lr, skipped=skipped.item(),
                     streak=streak.item())
             skipped = torch.zeros_like(skipped)
         if stop:

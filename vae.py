@@ -53,18 +53,18 @@ TRAIN_ONLY = ""             # one of decoder; leave the rest of the VAE, and so 
 # model
 WIDTHS = (32, 64, 64)       # from 1; channels at each resolution, one halving between neighbours
 BLOCKS = 1                  # from 1; residual blocks at each resolution (the decoder has one more)
-Z_CHANNELS = 16             # from 1; of the latent
+Z_CHANNELS = 4              # from 1; of the latent
 ATTENTION = False           # self-attention at the lowest resolution
 GROUPS = 0                  # from 0; of the norms, 0: 32, or as many as leave each 4 channels
 QUANT = True                # the published 1x1 convolutions on both sides of the latent
 BOTTLENECK = "kl"           # one of kl, vq, fsq; noise and a KL loss, or codes: see the section below the VAE
 CODES = 512                 # from 2; vq: codes in the book
-CODE_WIDTH = 4              # from 1; vq: channels of a code, so that a place has z_channels / this of them
-LEVELS = 5                  # from 2; fsq: values that a channel can take
+CODE_WIDTH = 2              # from 1; vq: channels of a code, so that a place has z_channels / this of them
+LEVELS = 8                  # from 2; fsq: values that a channel can take
 DISC_WIDTH = 32             # from 4; channels of the discriminator's first layer
 # loss
 L1_WEIGHT = 0.0             # from 0 to 1; pixel loss = (1 - this) * mse + this * l1
-KL_WEIGHT = 4e-3            # from 0; on the KL per latent element, after the warmup
+KL_WEIGHT = 2e-3            # from 0; on the KL per latent element, after the warmup
 KL_WARMUP = 0.2             # from 0 to 1; share of the updates over which the KL's weight grows from 0
 ADV_WEIGHT = 0.02           # from 0; on the adversarial loss, after the warmup
 ADV_WARMUP = 0.4            # from 0 to 1; share of the updates over which the adversarial weight grows from 0
@@ -646,7 +646,7 @@ def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
     figures = dict(zip(names, (data.total(sums) / len(rows)).tolist()))
     figures["z_std"] = math.sqrt(figures["z_std"] - figures["z_mean"] ** 2)
     if vae.codes:
-        figures["val_used"], figures["val_perplexity"] = usage(data.total(vae.codes.counts))
+        figures["val_used"], figures["val_perplexity"] = usage(data.total(vae.codes.counts).cpu())
         vae.codes.counts.zero_()
     return figures
 
@@ -677,7 +677,7 @@ def main(argv=None):
     out = given.get("out") or data.folder_of(given.get("data", DATA))
     state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
     init = open_vae(given["init"]) if "init" in given and not state else None
-    shape = {"config": {key: init["config"][key] for key in SHAPE}} if init else None
+    shape = {"config": {k: v for k, v in init["config"].items() if k in SHAPE}} if init else None
     cfg = data.settings(globals(), given, given.get("data", DATA), state or shape)
     cfg.out = out
     device, autocast = data.start(cfg)
