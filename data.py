@@ -157,7 +157,7 @@ class Images:
     def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True, describe=None):
         self.classes, self.labels, self.size, self.flip = classes, torch.tensor(labels), size, flip
         self.pixels, self.folder, self.files, self.describe = pixels, folder, files, describe
-        self.bad, self.said = {}, set()             # unreadable rows with their stand-ins; faults of captions
+        self.bad, self.said = {}, False             # unreadable rows with their stand-ins; a caption's fault
 
     def __len__(self):
         return len(self.labels)
@@ -189,21 +189,17 @@ class Images:
             row = self.bad[row]
         if self.describe:
             return self.describe(row)
-        file, text, fault = os.path.join(self.folder, self.files[row]) if self.files else "", "", ""
-        file = os.path.splitext(file)[0] + ".txt"
-        try:
-            with open(file, encoding="utf-8-sig") as f:
-                text = f.readline(10_000).strip()
-            long = len(words_of(text)) > WORDS
-            fault = f"has more than {WORDS} words" if long else "" if text else "is empty"
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError):
-            fault = "is not UTF-8"
-        if fault and fault not in self.said:
-            self.said.add(fault)
-            print(f"caption {file} {fault}, perhaps others too: the class's name is taken, or what fits")
-        return text or self.classes[self.labels[row]]
+        name, text = self.classes[self.labels[row]], ""
+        file = os.path.splitext(os.path.join(self.folder, self.files[row]))[0] + ".txt" if self.files else ""
+        if not os.path.exists(file):
+            return name
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(file, encoding="utf-8-sig") as f:
+            text = f.readline(10_000).strip()
+        if not self.said and not 0 < len(words_of(text)) <= WORDS:
+            self.said = True
+            print(f"caption {file}, and perhaps others: the first line is not 1 to {WORDS} words in UTF-8; "
+                  f"what fits is taken, or the class's name")
+        return text or name
 
     def identity(self):
         """A hash of what a copy keeps: class and file names, and the contents of a hundred images."""

@@ -1,8 +1,9 @@
-"""Stage two: a class-conditional denoiser on the latents of the frozen VAE of stage one.
+"""Stage two: a denoiser, by class or caption, on the latents of the frozen VAE of stage one.
 
     python diffusion.py                                         # on the newest out/*/vae.pt
     python diffusion.py --data imagenet --dit XL/2
     python diffusion.py --objective v --model dit --out out/v-dit
+    python diffusion.py --condition text --out out/words
     torchrun --nproc-per-node 8 diffusion.py --data imagenet
 
 Encodes every image once (latents_*.npy), then trains. Writes to the run's folder: diffusion.pt, which carries
@@ -35,7 +36,7 @@ from vae import (Attention, Downsample, Log, ResBlock, Upsample, attend, cosine,
 # run
 DATA = ""                   # dataset; empty: the VAE's
 DATA_DIR = ""               # where it lies; empty: where the VAE found it
-PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: the VAE's
+PRESET = ""                 # one of shapes, cifar10, cifar10-small, imagenet; the row below, empty: the VAE's
 SIZE = 0                    # from 0; pixels a side, 0: the VAE's
 VAE = ""                    # a vae.pt or published weights; empty: of --out, of out/<data>, else the newest
 SCALE = 0.0                 # from 0; of the latents; 0: beside published weights, else 1 / std of all
@@ -86,6 +87,9 @@ PRESETS = {
         MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
         OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50,
         COMPILE=None),
+    "cifar10-small": dict(
+        MAX_STEPS=16_000, BATCH_SIZE=32, EVAL_EVERY=2000, WIDTHS=(96, 192), OBJECTIVE="v", LR=1e-3,
+        LR_WARMUP=200, EMA=0.999, CFG=2.0, SAMPLE_STEPS=50),
     "imagenet": dict(
         MAX_STEPS=400_000, BATCH_SIZE=32, ACCUM=8, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384),
         BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0,

@@ -1,8 +1,9 @@
-"""Stage three: draw images of given classes from a trained denoiser.
+"""Stage three: draw images of given classes or captions from a trained denoiser.
 
     python sample.py                                        # every class (10 at most), newest run
     python sample.py --class 207 --cfg 5
     python sample.py --class "golden retriever" 980 --sampler heun --steps 25 --interval 0.1 0.8
+    python sample.py --prompt "a small blue ring" "a red cross"
     python sample.py --count 50000 --npz samples.npz        # arr_0, arr_1: what FID evaluators read
     torchrun --nproc-per-node 8 sample.py --count 50000 --png samples
     python sample.py --weights DiT-XL-2-256x256.pt --objective ddpm --vae VAE_FILE --class 207 --cfg 4

@@ -36,7 +36,7 @@ import data
 # run
 DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
 DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
-PRESET = ""                 # one of shapes, cifar10, imagenet; the row below to start from, empty: by --data
+PRESET = ""                 # one of shapes, cifar10, cifar10-small, imagenet; the row below, empty: by --data
 SIZE = 32                   # from 1; pixels a side
 OUT = ""                    # the run's folder; empty: out/<data>
 MAX_STEPS = 1600            # from 1; updates of the VAE, and of the discriminator
@@ -96,6 +96,7 @@ PRESETS = {
         SIZE=64, MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256), BLOCKS=2,
         Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=2e-2, LR=8e-4, DISC_LR=2.4e-3,
         DISC_LR_MIN=1e-6, COMPILE=None),
+    "cifar10-small": dict(SIZE=64, MAX_STEPS=2400, BATCH_SIZE=16, L1_WEIGHT=0.8, KL_WEIGHT=2e-2, LR=8e-4),
     "imagenet": dict(
         SIZE=256, MAX_STEPS=130_110, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512), BLOCKS=2,
         Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=1e-2, LR=1e-4, DISC_LR=3e-4,
