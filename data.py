@@ -152,12 +152,14 @@ def center_crop(x, size):
 class Images:
     """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], for rows int64 [n]. Made
     of `pixels` [n, 3, size, size] or of `files` below `folder`, each read when it is asked for. `flip` says
-    whether a mirrored image is still one of its class; `describe` gives the caption of a row."""
+    whether a mirrored image is still one of its class; `describe` gives the caption of a row. If `captioned`,
+    the ids of captions int64 [n, WORDS] come instead of classes."""
 
     def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True, describe=None):
         self.classes, self.labels, self.size, self.flip = classes, torch.tensor(labels), size, flip
         self.pixels, self.folder, self.files, self.describe = pixels, folder, files, describe
-        self.bad, self.said = {}, False             # unreadable rows with their stand-ins; a caption's fault
+        self.bad = {}                               # unreadable rows, with those that stand in for them
+        self.captioned = self.said = False
 
     def __len__(self):
         return len(self.labels)
@@ -165,6 +167,8 @@ class Images:
     def __getitem__(self, rows):
         pixels = self.pixels
         pixels = torch.stack([self.read(row) for row in rows.tolist()]) if pixels is None else pixels[rows]
+        if self.captioned:
+            return pixels, tokens([self.caption(row) for row in rows.tolist()])
         return pixels, self.labels[rows]
 
     def read(self, row):

@@ -200,19 +200,10 @@ class TimestepEmbedder(nn.Module):
         angles = t[:, None].float() * self.frequencies      # float32: bf16 cannot tell t=0.996 from 1
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
-class LabelEmbedder(nn.Module):
-    """Classes y [b] -> [b, d], to be added to the time's; and no words. The null class is `num_classes`."""
-
-    def __init__(self, num_classes, d):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, d)
-
-    def forward(self, y):
-        return self.embedding_table(y), None
-
 def embedders(d, num_classes, text):
-    """For time, and for class or caption."""
-    t_embedder, y_embedder = TimestepEmbedder(d), (TextEmbedder(d) if text else LabelEmbedder(num_classes, d))
+    """For time, and for class or caption, to be added up. Class `num_classes` is the null class."""
+    t_embedder = TimestepEmbedder(d)
+    y_embedder = TextEmbedder(d) if text else named(embedding_table=nn.Embedding(num_classes + 1, d))
     table = [] if text else [y_embedder.embedding_table.weight]         # words so small were hardly learned
     for weight in (t_embedder.mlp[0].weight, t_embedder.mlp[2].weight, *table):
         nn.init.normal_(weight, std=0.02)
@@ -285,7 +276,7 @@ class UNet(nn.Module):
         if side % 2 ** (len(widths) - 1):
             raise SystemExit(f"error: {side} cannot be halved {len(widths) - 1} times: give fewer --widths")
         c, d, groups, skips = widths[0], 4 * widths[0], groups_for(*widths), [widths[0]]
-        self.t_embedder, self.y_embedder = embedders(d, num_classes, text)
+        self.text, (self.t_embedder, self.y_embedder) = text, embedders(d, num_classes, text)
         self.first = nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
@@ -308,8 +299,9 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
 
     def forward(self, x, t, y):
-        (c, words), x = self.y_embedder(y), self.first(x)
-        c, skips = self.t_embedder(t) + c, [x]
+        c, words = self.y_embedder(y) if self.text else (self.y_embedder(y), None)
+        c, x = self.t_embedder(t) + c, self.first(x)
+        skips = [x]
         for layer in self.down:
             x = layer(x) if isinstance(layer, Downsample) else layer(x, c, words)
             skips.append(x)
@@ -362,7 +354,7 @@ class DiT(nn.Module):
                              f"{', '.join(DIT_SIZES)} / a patch that divides {side}")
         (d, depth, heads), p = DIT_SIZES[size.split("/")[0]], int(size.split("/")[1])
         self.x_embedder = named(proj=nn.Conv2d(channels, d, p, stride=p))
-        self.t_embedder, self.y_embedder = embedders(d, num_classes, text)
+        self.text, (self.t_embedder, self.y_embedder) = text, embedders(d, num_classes, text)
         self.register_buffer("pos_embed", positions(d, side // p))
         self.blocks = nn.ModuleList(DiTBlock(d, heads, gelu, text) for _ in range(depth))
         self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
@@ -378,8 +370,8 @@ class DiT(nn.Module):
             nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
     def forward(self, x, t, y):
-        (c, words), x = self.y_embedder(y), self.x_embedder(x)
-        c = self.t_embedder(t) + c
+        c, words = self.y_embedder(y) if self.text else (self.y_embedder(y), None)
+        c, x = self.t_embedder(t) + c, self.x_embedder(x)
         (b, _, h, w), dtype = x.shape, x.dtype                                  # [b, d, h / p, w / p]
         x = x.flatten(2).transpose(1, 2).contiguous()       # else all that follows is strided, and slower
         x = x + self.pos_embed.to(dtype)                                        # [b, n, d], bf16 if autocast
@@ -425,16 +417,6 @@ class Latents:
             y = torch.from_numpy(self.records["words"][image.numpy()].astype(np.int64))
         return torch.from_numpy(self.records["moments"][image.numpy(), view]), y
 
-class Captioned:
-    """Images with the ids of their captions, in place of classes."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __getitem__(self, rows):
-        pixels, _ = self.images[rows]                   # first: then it knows which stand in for others
-        return pixels, data.tokens([self.images.caption(row) for row in rows.tolist()])
-
 @torch.no_grad()
 def encode(coder, pixels, views, autocast):
     """uint8 images [n, 3, s, s] -> moments of their views, float16 [n, views, 2, c, h, w], in parts."""
@@ -478,7 +460,8 @@ def write_latents(coder, train, name, device, autocast, workers):
         file.write(b"" if done else header.getvalue())
     firsts, began = range(data.from_first(done), len(train), block * data.WORLD), time.perf_counter()
     plan = (torch.arange(block).add(first + data.RANK * block).clamp(max=len(train) - 1) for first in firsts)
-    for first, (pixels, words) in zip(firsts, data.feed(Captioned(train), plan, device, workers)):
+    train.captioned = True
+    for first, (pixels, words) in zip(firsts, data.feed(train, plan, device, workers)):
         moments, words = data.gather(encode(coder, pixels, 1 + train.flip, autocast)), data.gather(words)
         if file:
             records = np.empty(min(len(moments), len(train) - first), kind)
@@ -751,7 +734,8 @@ def main(argv=None):
     if cfg.bench:
         return vae.report(log.seconds, batch, one_latent, cfg, device)
     size = os.path.getsize(f"{out}/diffusion.pt") / 1e6
-    print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE, and samples_{cfg.max_steps:06d}.png")
+    pictures = f", samples_{cfg.max_steps:06d}.png" if cfg.samples else ""
+    print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE{pictures}")
 
 if __name__ == "__main__":
     data.guard(main)

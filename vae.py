@@ -60,7 +60,7 @@ QUANT = True                # the published 1x1 convolutions on both sides of th
 BOTTLENECK = "kl"           # one of kl, vq, fsq; noise and a KL loss, or codes: see the section below the VAE
 CODES = 512                 # from 2; vq: codes in the book
 CODE_WIDTH = 2              # from 1; vq: channels of a code, so that a place has z_channels / this of them
-LEVELS = 8                  # from 2; fsq: values that a channel can take
+LEVELS = 16                 # from 2; fsq: values that a channel can take
 DISC_WIDTH = 32             # from 4; channels of the discriminator's first layer
 # loss
 L1_WEIGHT = 0.0             # from 0 to 1; pixel loss = (1 - this) * mse + this * l1
