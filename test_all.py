@@ -971,8 +971,11 @@ def test_runs_with_codes(bottleneck):
     assert_same("vae", "two", "whole")
     log, model = columns("whole/vae.csv"), vae.load_vae(torch.load("whole/vae.pt"))
     assert 1 < log["val_perplexity"][-1] <= log["val_used"][-1] <= (16 if bottleneck == "vq" else 3)
+    assert bottleneck == "fsq" or 0 < model.codes.idle.max() <= 4
     assert ("vq_share" in log) == (bottleneck == "vq") and "kl" not in log and "val_kl" not in log
-    z, logvar = model.encode(data.to_float(data.load("images", size=16)[1][torch.arange(20)][0]))
+    x = data.to_float(data.load("images", size=16)[1][torch.arange(20)][0])
+    (z, logvar), (raw, _) = model.encode(x), model.quant_conv(model.encoder(x)).chunk(2, dim=1)
+    assert_close(z, raw.tanh() if bottleneck == "fsq" else raw)
     assert len(z.unique()) > 1000 and (logvar == -20).all()
     assert_close(model.decode(z), model.decode(model.codes(z)))
     z = z.detach().requires_grad_()
@@ -1041,6 +1044,10 @@ def test_words(model):
     assert min((a - b).abs().max(), (a - none).abs().max()) > 1e-4
     with torch.no_grad():
         assert_close([net.eval()(x, t, data.tokens([text])) for text in ("a red ring", "")], [a, none])
+    net.y_embedder.embedding_table.weight.data[0] *= -9         # of what fills a caption up
+    assert_close(net(x, t, data.tokens(["a red ring"])), a)
+    torch.nn.init.zeros_(net.y_embedder.mean.weight)            # by cross-attention alone
+    assert not torch.equal(*(net(x, t, data.tokens([text])) for text in ("a red ring", "a blue ring")))
     _, (words, there) = net.y_embedder(data.tokens(["a red ring", ""]))
     assert there[:, 0, 0].sum(1).tolist() == [4, 1]
     cross = randomise(diffusion.CrossAttention(8, 2))
@@ -1068,9 +1075,9 @@ def test_text_runs(own, monkeypatch):
     assert_close(cut, whole, rtol=0, atol=0), assert_close(two, whole, rtol=2e-3, atol=2e-5)
 
     how = "--out", "whole", "--no-bf16"
-    both, labels = drawn(*how, "--prompt", "circle 003", "a Cross")
-    by_class, zeros = drawn(*how, "--class", "circle", "--count", 8)
-    by_prompt, _ = drawn(*how, "--prompt", "circle", "--count", 8)
+    both, labels = drawn(*how, "--prompt", "square 003", "a Cross")
+    by_class, zeros = drawn(*how, "--class", "square", "--count", 8)
+    by_prompt, _ = drawn(*how, "--prompt", "square", "--count", 8)
     assert (labels.tolist(), zeros.tolist(), len(drawn(*how)[0])) == ([0, 1] * 8, [0] * 8, 8 * 20)
     assert torch.equal(by_class, by_prompt) and not torch.equal(both[::2], by_class)
     sample.main(["--out", "whole", "--prompt", "a cross/at the left"]), run(sample, "--out whole")
