@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ def main(argv=None):
     tag = f"cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}"
     tag += "_interval{:g}-{:g}".format(*cfg.interval) if cfg.interval != INTERVAL else ""
     tag += f"_count{count}" if cfg.count else ""
-    name = re.sub(r"\W+", "-", "-".join(map(str, chosen)))[:60] if asked else "all"
+    name = re.sub(r"\W+", "-", "-".join(map(str, chosen))) if asked else "all"
+    name = name if len(name) <= 60 else f"{name[:51]}-{zlib.crc32(name.encode()):08x}"
     grid_file = f"{cfg.out or os.path.dirname(file) or '.'}/grid_{name}_{tag}.png"
     record = pathlib.Path(cfg.png, "settings.txt")
     last = [*state["ema"].values()][-1].sum().item()

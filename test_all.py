@@ -1083,6 +1083,9 @@ def test_text_runs(own, monkeypatch):
     sample.main(["--out", "whole", "--prompt", "a cross/at the left"]), run(sample, "--out whole")
     assert Path("whole/grid_a-cross-at-the-left_cfg1.5_euler4_seed0.png").exists()
     assert Image.open("whole/grid_all_cfg1.5_euler4_seed0.png").size == (2 + 10 * 18, 2 + 8 * 18)
+    for last in ("red", "blue"):                                # names that are cut do not meet
+        sample.main(["--out", "whole", "--prompt", "word " * 20 + last])
+    assert len(list(Path("whole").glob("grid_word*"))) == 2
     for prompt in ("", "...", "word " * 25):
         assert "1 to 24 words" in stopped(sample.main, ["--out", "whole", "--prompt", prompt])
 
