@@ -725,7 +725,7 @@ def test_bench_reports_and_leaves_nothing(capsys):
 def test_compiles_once_and_whole(trained, own, monkeypatch):
     """No graph breaks, no recompilation along a run, accumulated or not; the compiler changes nothing."""
     graphs, compile = [], torch.nn.Module.compile
-    how = {"backend": lambda graph, inputs: graphs.append(graph) or graph, "fullgraph": True}
+    how = {"backend": lambda graph, inputs, **_: graphs.append(graph) or graph, "fullgraph": True}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **flags: compile(self, **how, **flags))
     for extra, (script, flags, number) in itertools.product(("", ACCUMULATED), (
             (vae, f"{TINY_VAE} --bottleneck vq", 3), (vae, TINY_VAE, 3), (diffusion, TINY_UNET, 1),
