@@ -1348,3 +1348,84 @@ def test_judge_of_words():
           f"four {on_all[1]:.1%}, without guidance {on_all[0]:.1%}; of unseen pairs {both:.1%}")
     assert on_val.min() >= 0.98 and (each >= torch.tensor([0.85, 0.9, 0.95, 0.85])).all()
     assert on_all[1] >= 0.6 and on_all[1] > on_all[0] and both >= 0.7
+
+def frechet(a, b):
+    """Distance of two sets of features [n, d] as Gaussians (Heusel et al. 2017)."""
+    (m, s), (n, t) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (a, b))
+    root = torch.linalg.eigvals(s @ t).real.clamp(min=0).sqrt().sum()
+    return ((m - n).square().sum() + s.trace() + t.trace() - 2 * root).item()
+
+def test_frechet_distance_of_known_gaussians():
+    x = torch.randn(5000, 4)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T     # to the last digit
+    assert frechet(x, x + 2) == approx(16, rel=1e-4)
+    assert frechet(x * torch.tensor([1.0, 2, 3, 4]), x) == approx(14, rel=1e-4)
+
+class Residual(torch.nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+def photo_judge(train, file, device):
+    """A classifier at 32x32 of the images in `train`, kept in `file` -> what gives pixels' features [n, 256]
+    and classes [n], both of image and mirror image together."""
+    def layers(*widths):
+        return [part for c_in, c in zip(widths, widths[1:]) for part in (
+            torch.nn.Conv2d(c_in, c, 3, padding=1, bias=False), torch.nn.BatchNorm2d(c), torch.nn.ReLU())]
+
+    shrink = lambda pixels: F.avg_pool2d(data.to_float(pixels), pixels.shape[-1] // 32)
+    torch.manual_seed(0)
+    parts, pool = layers(3, 48, 96), torch.nn.MaxPool2d(2)
+    for c_in, c in ((96, 192), (192, 256)):
+        parts += [pool, Residual(*layers(c_in, c_in, c_in)), *layers(c_in, c)]
+    body = torch.nn.Sequential(*parts, pool, Residual(*layers(256, 256, 256)), torch.nn.AdaptiveAvgPool2d(1),
+                               torch.nn.Flatten()).to(device)
+    head = torch.nn.Linear(256, 10, device=device)
+    net, epochs, batch = torch.nn.Sequential(body, head), 20, 256
+    if not file.exists():
+        read = data.feed(train, torch.arange(len(train)).split(500), device, 8)
+        x, y = torch.cat([shrink(pixels) for pixels, _ in read]), train.labels.to(device)
+        opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        rate = torch.optim.lr_scheduler.OneCycleLR(opt, 6e-3, epochs * len(x) // batch, pct_start=0.2)
+        for step in range(epochs * len(x) // batch):
+            rows = data.order(len(x), batch * step, batch, seed=0)
+            top, left = torch.randint(9, (2,)).tolist()
+            seen = F.pad(x[rows], (4, 4, 4, 4), "reflect")[:, :, top:top + 32, left:left + 32]
+            seen = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, seen.flip(3), seen)
+            with torch.autocast(device.type, torch.bfloat16):
+                answers = net(seen)
+            F.cross_entropy(answers.float(), y[rows], label_smoothing=0.1).backward()
+            opt.step(), opt.zero_grad(), rate.step()
+        torch.save(net.state_dict(), file)
+    net.load_state_dict(torch.load(file, map_location=device)), net.eval().requires_grad_(False)
+
+    def judged(pixels):
+        parts = [shrink(part.to(device)) for part in pixels.split(500)]
+        features = torch.cat([(body(x) + body(x.flip(3))) / 2 for x in parts])
+        return features.cpu(), head(features).argmax(1).cpu()
+    return judged
+
+@slow
+def test_judge_of_photographs():
+    """CIFAR-10, in CIFAR10=DIR/{train,val}/<class>/*, where the judge is kept: which share the judge finds of
+    the class they should be, and the Frechet distance to the test images; of 5,000 training images, and of
+    every sample.py's --npz and vae.py's --png folder named in SCORED."""
+    os.environ.pop("OMP_NUM_THREADS", None), torch.set_num_threads(os.cpu_count())
+    folder, device = Path(os.environ["CIFAR10"]), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, val = data.load("cifar10", str(folder), 64)
+    judged = photo_judge(train, folder / "judge.pt", device)
+    real, found = judged(val[torch.arange(len(val))][0])
+    right = (found == val.labels).float().mean().item()
+    some = judged(train[torch.arange(0, len(train), 10)][0])[0]
+    print(f"judge {right:.1%} right on test images, 5,000 training images at {frechet(some, real):.3f}")
+    for name in os.environ.get("SCORED", "").split():
+        if name.endswith(".npz"):
+            pixels, labels = map(torch.from_numpy, np.load(name).values())
+            pixels = pixels.permute(0, 3, 1, 2)
+        else:
+            rows = [int(file.stem) for file in sorted(Path(name).glob("*.png"))]
+            pixels = torch.stack([data.read_image(f"{name}/{row:06d}.png") for row in rows])
+            labels = val.labels[rows]
+        features, found = judged(pixels)
+        print(f"{name}: {(found == labels).float().mean():.1%} of {len(labels):,} right, distance "
+              f"{frechet(features, real):.3f}")
+    assert right >= 0.9 and frechet(some, real) < 0.3
