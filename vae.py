@@ -477,7 +477,7 @@ def report(seconds, batch, one_image, cfg, device):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         one_image(cfg)
     seconds, n = np.median(seconds[3:]), 2048 if device.type == "cpu" else 8192
-    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
     product = 2 * n ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5))
     reached = counter.get_total_flops() * batch / seconds / data.WORLD
     if device.type == "cuda":
