@@ -918,6 +918,10 @@ def test_published_denoisers(objective, own):
     assert "not flow" in stopped(run, diffusion, TINY_UNET, "--init w.pt")
     run(diffusion, TINY_UNET, "--lr 0 --lr-min 0 --init w.pt --objective", objective)
     assert_close(weights(own / "diffusion.pt")["model"], dict(again.state_dict()))
+    text = f"--lr 0 --lr-min 0 --init w.pt --condition text --vae {own}/vae.pt --out words --objective"
+    run(diffusion, TINY_UNET, text, objective)            # what knows of classes starts anew
+    found = weights("words/diffusion.pt")["model"]
+    assert all(torch.equal(found[name], x) for name, x in again.state_dict().items() if "y_emb" not in name)
     torch.save(vae.VAE((8, 16), 1, 3, False).state_dict(), "other.pt")
     for about, reason in (("[1]", "config.json is no"), ('{"norm_num_groups": 2}', "3 latent channels")):
         Path("config.json").write_text(about)
