@@ -8,7 +8,7 @@
 
 Encodes every image once (latents_*.npy), then trains. Writes to the run's folder: diffusion.pt, which carries
 the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores the default
-takes 270 seconds and ends at a loss of 0.5; all of 1,000 samples are of their class.
+takes 270 seconds and ends at a loss of 0.5; 999 of 1,000 samples are of their class.
 """
 import argparse
 import functools

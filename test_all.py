@@ -1,4 +1,4 @@
-"""Every test: python -m pytest -q test_all.py  (CPU, no network, two minutes).
+"""Every test: python -m pytest -q test_all.py  (CPU, no network, three minutes).
 SLOW=1 python -m pytest -qs test_all.py -k judge  repeats the README's measurement on `shapes`, in minutes."""
 import colorsys
 import itertools
@@ -1409,11 +1409,12 @@ def photo_judge(train, file, device):
 
 @slow
 def test_judge_of_photographs():
-    """CIFAR-10, in CIFAR10=DIR/{train,val}/<class>/*, where the judge is kept: which share the judge finds of
-    the class they should be, and the Frechet distance to the test images; of 5,000 training images, and of
+    """CIFAR-10, in data/cifar10 or CIFAR10=DIR, where the judge is kept: which share the judge finds of the
+    class they should be, and the Frechet distance to the test images; of 5,000 training images, and of
     every sample.py's --npz and vae.py's --png folder named in SCORED."""
     os.environ.pop("OMP_NUM_THREADS", None), torch.set_num_threads(os.cpu_count())
-    folder, device = Path(os.environ["CIFAR10"]), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = HERE / os.environ.get("CIFAR10", "data/cifar10")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, val = data.load("cifar10", str(folder), 64)
     judged = photo_judge(train, folder / "judge.pt", device)
     real, found = judged(val[torch.arange(len(val))][0])
@@ -1422,11 +1423,11 @@ def test_judge_of_photographs():
     print(f"judge {right:.1%} right on test images, 5,000 training images at {frechet(some, real):.3f}")
     for name in os.environ.get("SCORED", "").split():
         if name.endswith(".npz"):
-            pixels, labels = map(torch.from_numpy, np.load(name).values())
+            pixels, labels = map(torch.from_numpy, np.load(HERE / name).values())
             pixels = pixels.permute(0, 3, 1, 2)
         else:
-            rows = [int(file.stem) for file in sorted(Path(name).glob("*.png"))]
-            pixels = torch.stack([data.read_image(f"{name}/{row:06d}.png") for row in rows])
+            rows = [int(file.stem) for file in sorted((HERE / name).glob("*.png"))]
+            pixels = torch.stack([data.read_image(HERE / f"{name}/{row:06d}.png") for row in rows])
             labels = val.labels[rows]
         features, found = judged(pixels)
         print(f"{name}: {(found == labels).float().mean():.1%} of {len(labels):,} right, distance "
