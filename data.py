@@ -1,27 +1,11 @@
-"""Images for both stages, then the little that every script needs to run.
+"""Images for both stages, then the little that every script needs: settings, processes, files.
 
 A dataset is `shapes` (drawn below), `cifar10`, `imagenet`, or a folder that holds DIR/train/<class>/* and
 perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8 [3, size, size], its label an index into
-the sorted class names. From `order` on: batches, settings, processes, signals, files.
+the sorted class names.
 """
-import argparse
-import concurrent.futures
-import contextlib
-import ctypes
-import functools
-import hashlib
-import io
-import itertools
-import os
-import pathlib
-import re
-import shutil
-import signal
-import sys
-import sysconfig
-import time
-import warnings
-import zlib
+import argparse, concurrent.futures, contextlib, ctypes, functools, hashlib, io, itertools, os, pathlib, re
+import shutil, signal, sys, sysconfig, time, zlib
 
 import numpy as np
 import torch
@@ -38,10 +22,8 @@ WORDS, VOCABULARY = 24, 2 ** 13     # of a caption; of all, a table into which t
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 # ---- shapes: ten classes drawn from distance functions -----------------------------------------------------
-
 def box(x, y, w, h):
     return torch.maximum(x.abs() - w, y.abs() - h)
-
 def polygon(x, y, sides, inradius):
     """Signed distances [sides, ...] to the edge lines of a regular polygon; the first normal is +y."""
     angles = [torch.pi * (0.5 + 2 * k / sides) for k in range(sides)]
@@ -83,7 +65,6 @@ def draw_shapes(split, rows, size=32):
     return ((paper + cover * (ink - paper)) * 255).round().to(torch.uint8)
 
 # ---- captions, for diffusion.py --condition text -----------------------------------------------------------
-
 COLOURS = "red", "gold", "lime", "green", "cyan", "blue", "purple", "pink"        # 45 degrees of hue apart
 PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
           "at the bottom left", "at the bottom", "at the bottom right")
@@ -92,11 +73,9 @@ def describe_shape(split, row):
     """The caption of a drawn shape: "a small red star at the top left". One attribute in ten is left out,
     and any that lies near the border between two names."""
     u = np.random.default_rng((split == "val", row)).random(12)         # the first eight as in draw_shapes
-
     def name(position, names, chance):
         near = abs(position - round(position)) < 0.12 and 0 < round(position) < len(names)
         return "" if near or chance < 0.1 else names[int(position)]
-
     size, colour = name(2 * u[0], ("small", "large"), u[8]), name(8 * u[4] + 0.5, COLOURS + COLOURS[:1], u[9])
     shape = "shape" if u[10] < 0.1 else list(SHAPES)[row % len(SHAPES)]
     across, down = (name(3 * u[axis], range(3), u[11]) for axis in (2, 3))
@@ -105,17 +84,13 @@ def describe_shape(split, row):
 
 def words_of(caption):
     return re.findall(r"\w+", caption.lower())
-
 def tokens(captions):
     """Captions -> ids of their words, places in a table given by a hash, then zeros: int64 [n, WORDS]."""
-    ids = np.zeros((len(captions), WORDS), np.int64)
-    for row, caption in zip(ids, captions):
-        words = words_of(caption)[:WORDS]
-        row[:len(words)] = [1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words]
-    return torch.from_numpy(ids)
+    ids = [[1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words_of(caption)[:WORDS]]
+           for caption in captions]
+    return torch.tensor([row + [0] * (WORDS - len(row)) for row in ids])
 
 # ---- image files -------------------------------------------------------------------------------------------
-
 # a third faster than Pillow's; the bare operator, since the function around it is deprecated and warns
 DECODE_JPEG = getattr(torch.ops.image, "decode_jpeg", None)
 
@@ -137,9 +112,7 @@ def read_image(file):
 
 def center_crop(x, size):
     """Resize the shorter side to `size`, crop the centre: uint8 [3, h, w] -> uint8 [3, size, size]. As the
-    published ImageNet-256 results do it (Dhariwal and Nichol 2021): halve by averaging while twice too
-    large, then bicubic. torch's uint8 kernels are several times as fast as Pillow's, and equal to
-    rounding."""
+    published ImageNet-256 results do it (Dhariwal, Nichol 2021): halve by averaging, then bicubic."""
     x = x[None]
     while min(x.shape[2:]) >= 2 * size:
         x = F.interpolate(x, (x.shape[2] // 2, x.shape[3] // 2), mode="bilinear")       # 2x2 averages
@@ -150,29 +123,21 @@ def center_crop(x, size):
     return x[0, :, top:top + size, left:left + size].contiguous()
 
 class Images:
-    """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], for rows int64 [n]. Made
-    of `pixels` [n, 3, size, size] or of `files` below `folder`, each read when it is asked for. `flip` says
-    whether a mirrored image is still one of its class; `describe` gives the caption of a row. If `captioned`,
-    the ids of captions int64 [n, WORDS] come instead of classes."""
-
+    """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], or if `captioned` the ids of
+    captions int64 [n, WORDS]. Made of `pixels`, or of `files` below `folder`, read when asked for. `flip`: a
+    mirrored image is still one of its class; `describe` gives the caption of a row."""
     def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True, describe=None):
         self.classes, self.labels, self.size, self.flip = classes, torch.tensor(labels), size, flip
         self.pixels, self.folder, self.files, self.describe = pixels, folder, files, describe
-        self.bad = {}                               # unreadable rows, with those that stand in for them
-        self.captioned = self.said = False
-
+        self.bad, self.captioned, self.said = {}, False, False      # bad: unreadable rows and their stand-ins
     def __len__(self):
         return len(self.labels)
-
     def __getitem__(self, rows):
-        pixels = self.pixels
-        pixels = torch.stack([self.read(row) for row in rows.tolist()]) if pixels is None else pixels[rows]
-        if self.captioned:
-            return pixels, tokens([self.caption(row) for row in rows.tolist()])
-        return pixels, self.labels[rows]
-
+        every = rows.tolist()
+        pixels = torch.stack([*map(self.read, every)]) if self.pixels is None else self.pixels[rows]
+        return pixels, tokens([*map(self.caption, every)]) if self.captioned else self.labels[rows]
     def read(self, row):
-        """Decode one file; one that cannot be read is named once, and the next of its class stands in."""
+        """One file's pixels; one that cannot be read is named once, and the next of its class stands in."""
         file = os.path.join(self.folder, self.files[row])
         try:
             return center_crop(read_image(file), self.size)
@@ -182,13 +147,10 @@ class Images:
                 self.bad[row] = same[(same.index(row) + 1) % len(same)]
                 print(f"unreadable image {file} ({error!r:.150}): the next stands in", file=sys.stderr)
         if len(self.bad) > MAX_BAD * len(self):
-            raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, among them "
-                             f"{file}: repair or remove them")
+            raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, like {file}")
         return self.read(self.bad[row])
-
     def caption(self, row):
-        """The first line of the .txt file beside an image, else the name of its class. A stand-in's is its
-        own, once the image was read."""
+        """The first line of the .txt beside an image, else its class's name; once read, a stand-in's own."""
         while row in self.bad:
             row = self.bad[row]
         if self.describe:
@@ -201,10 +163,8 @@ class Images:
             text = f.readline(10_000).strip()
         if not self.said and not 0 < len(words_of(text)) <= WORDS:
             self.said = True
-            print(f"caption {file}, and perhaps others: the first line is not 1 to {WORDS} words in UTF-8; "
-                  f"what fits is taken, or the class's name")
+            print(f"caption {file}, perhaps others: not 1 to {WORDS} words in UTF-8; cut, or the class taken")
         return text or name
-
     def identity(self):
         """A hash of what a copy keeps: class and file names, and the contents of a hundred images."""
         digest = hashlib.sha256("\0".join([*self.classes, *self.files]).encode(errors="surrogateescape"))
@@ -216,13 +176,11 @@ class Images:
         return digest.hexdigest()
 
 def list_folder(folder, classes=()):
-    """The images in class folders and below -> class names, paths from `folder` on, labels; sorted. A
-    folder without class folders is one class, named like it."""
+    """Images in class folders, or in one folder -> class names, paths from `folder` on, labels; sorted."""
     def below(name):
         return sorted(os.path.join(root, file)[len(folder) + 1:]
                       for root, _, files in os.walk(os.path.join(folder, name)) for file in files
                       if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES)
-
     there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     found = {name: below(name) for name in classes or there}
     if not any(found.values()) and len(classes) < 2:
@@ -247,8 +205,7 @@ def load(data, data_dir="", size=32, expected=()):
     train = os.path.abspath(train if os.path.isdir(train) else folder)
     classes, files, labels = list_folder(train) if os.path.isdir(train) else ([], [], [])
     if len(files) < 2:
-        raise SystemExit(f"error: found {len(files)} images in {train}: expected {folder}/train/<class>/*, "
-                         f"or --data shapes, cifar10, imagenet, with --data-dir")
+        raise SystemExit(f"error: {len(files)} images in {train}: expected {folder}/train/<class>/*")
     if expected and classes != expected:
         raise SystemExit(f"error: {train} has other classes than the run, {', '.join(expected[:10])}")
     if os.path.isdir(val):
@@ -270,22 +227,17 @@ def load_cifar10(folder, size):
         from_first(None)                            # the others wait
         parts = [torchvision.datasets.CIFAR10(folder, train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"error: no CIFAR-10 in {folder} and no download ({error}): connect once, or put "
-                         f"the images at {folder}/train/<class>/ and {folder}/val/<class>/")
+        raise SystemExit(f"error: no CIFAR-10 at {folder}/train/<class>/, and no download: {error}")
     crop = lambda image: center_crop(torch.from_numpy(image).permute(2, 0, 1), size)
     return [Images(part.classes, part.targets, size, torch.stack([*map(crop, part.data)])) for part in parts]
 
 # ---- batches -----------------------------------------------------------------------------------------------
-
 @functools.lru_cache(2)
 def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
-
 def order(n, start, count, seed):
-    """Rows at positions start..start+count of an endless stream of shuffled epochs over n rows. A function
-    of its arguments: no state to save, the same for any number of threads and processes."""
+    """Rows start..start+count of an endless stream of shuffled epochs: no state to save, or to share."""
     return torch.tensor([shuffled(n, seed, k // n)[k % n] for k in range(start, start + count)])
-
 def schedule(n, micro, steps, start, stop, rank, world, seed):
     """Rows of this process's micro-batches, updates start..stop, in the order they are used."""
     for k in range(start * steps, stop * steps):
@@ -296,8 +248,7 @@ def share(cfg, world):
     total, steps = cfg.batch_size * cfg.accum, -(-cfg.accum // world)
     micro = round(total / (steps * world)) or 1
     if micro * steps * world != total:
-        raise SystemExit(f"error: a batch of {total} does not divide over {world} processes x {steps} "
-                         f"micro-steps; the nearest that does is {micro * steps * world}")
+        raise SystemExit(f"error: {world} processes cannot share {total} images, but {micro * steps * world}")
     return micro, steps
 
 def threads(count):
@@ -308,10 +259,8 @@ def threads(count):
 def feed(source, schedule, device, workers):
     """Yield source[rows] on the device for every `rows` of the schedule; threads read a few batches ahead."""
     schedule, workers, pin = iter(schedule), min(workers, os.cpu_count()), device.type == "cuda"
-
     def fetch(rows):
         return [part.pin_memory() if pin else part for part in source[rows]]
-
     pool = threads(workers)
     try:
         ahead = [pool.submit(fetch, rows) for rows in itertools.islice(schedule, 2 * workers)]
@@ -325,18 +274,15 @@ def feed(source, schedule, device, workers):
 def to_float(pixels):
     """uint8 [0, 255] -> float32 [-1, 1]"""
     return pixels.float() / 127.5 - 1
-
 def to_uint8(x):
     """float [-1, 1] -> uint8 [0, 255]; anything beyond is clamped first, or it would wrap around."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
 def grid(pixels, columns):
     """uint8 [n, 3, h, w] -> one picture, `columns` images a row"""
     picture = torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255)
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 # ---- settings: the fenced block of constants at a script's top, as flags -----------------------------------
-
 CALL = "resume", "overwrite", "out", "device", "bench", "eval", "export", "init", "vae"   # not of a saved run
 
 def fenced(script):
@@ -345,13 +291,10 @@ def fenced(script):
     return re.findall(r"^([A-Z0-9_]+) = .*?# (.*)$", block, re.M)
 
 def flags(script, argv):
-    """Parse a script's constants as flags -> a dict of those given, or edited if they are of a call's.
-    BATCH_SIZE = 64 is --batch-size 64;
-    True, False and None (unset) are --compile/--no-compile. The comment is the flag's help, and says first
-    what is allowed: "from 0 to 1; ...", "one of a, b; ...". What is not ends with status 2."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=script["__doc__"], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse a script's constants as flags -> a dict of those given, and of a call's that were edited. The
+    comment is the help, and says first what is allowed: "from 0 to 1; ...", "one of a, b; ..."."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=script["__doc__"],
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     block = fenced(script)
     for name, comment in block:
         default, choices = script[name], re.match(r"one of ([^;]+)", comment)
@@ -364,11 +307,10 @@ def flags(script, argv):
         parser.add_argument("--" + name.lower().replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{comment} [{default}]".replace("%", "%%"), **kind)
     edited = {name.lower(): script[name] for name, _ in block if name.lower() in CALL and script[name]}
-    given = edited | vars(parser.parse_args(argv))
+    parsed = vars(parser.parse_args(argv)).items()
+    given = edited | {key: tuple(value) if isinstance(value, list) else value for key, value in parsed}
     for name, comment in block:
         key, bounds = name.lower(), re.match(r"from (\S+?)(?: to (\S+))?;", comment)
-        if isinstance(given.get(key), list):
-            given[key] = tuple(given[key])
         for value in np.atleast_1d(given[key]) if bounds and key in given else ():
             if not float(bounds[1]) <= value <= float(bounds[2] or sys.float_info.max):
                 parser.error(f"argument --{key.replace('_', '-')}: {value} is not {bounds[0][:-1]}")
@@ -377,11 +319,9 @@ def flags(script, argv):
 def settings(script, given, preset="", state=None):
     """Four layers, each over the one before: block, preset, what a resumed run saved, flags -> a namespace.
     The row of PRESETS is --preset's, else the saved one, else that named `preset`, else ImageNet's."""
-    saved = dict(state["config"]) if state else {}
-    for key in CALL:
-        saved.pop(key, None)
-    for key in saved.keys() & given.keys():
-        if given.get("resume") and saved[key] != given[key]:
+    saved = {key: value for key, value in state["config"].items() if key not in CALL} if state else {}
+    for key in saved.keys() & given.keys() if given.get("resume") else ():
+        if saved[key] != given[key]:
             print(f"resume: {key} was {saved[key]}, is now {given[key]}")
     presets = script.get("PRESETS", {"imagenet": {}})
     row = given.get("preset") or saved.get("preset") or (preset if preset in presets else "imagenet")
@@ -389,7 +329,6 @@ def settings(script, given, preset="", state=None):
     return argparse.Namespace(**{name.lower(): value for name, value in block.items()} | saved | given)
 
 # ---- processes and signals ---------------------------------------------------------------------------------
-
 def guard(main):
     """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
     sys.stdout.reconfigure(line_buffering=True)
@@ -402,9 +341,8 @@ def guard(main):
         raise
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory; give --grad-checkpoint, or halve --batch-size and double "
-                 f"--accum ({str(error).split('. ')[1]})")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: give --grad-checkpoint, or halve --batch-size and double --accum")
     except OSError as error:
         sys.exit(f"error: {error}; what was saved before is intact")
     if dist.is_initialized():           # not after an error: it would wait for the others
@@ -421,7 +359,6 @@ def start(cfg):
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"error: --device {cfg.device} is not there: {str(error).splitlines()[0]}")
     if WORLD > 1:
-        warnings.filterwarnings("ignore", ".broadcast_buffers")     # DDP's: torch 2.6 has nothing else
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True               # shapes stay: it tries once what is fastest
@@ -441,21 +378,19 @@ def start(cfg):
     # a weight is used once a pass: autocast's cache would only keep a second copy of it
     return device, torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
-def total(x):
-    """The sum of a tensor over all processes, in its place."""
+def total(x, op=dist.ReduceOp.SUM):
+    """A tensor's sum, or what else `op` makes of it, over all processes, in its place."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, op)
     return x
-
 def from_first(value):
     """Any value of the first process, on all."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
-
 def gather(x):
-    """Tensors of one shape in the order of the processes -> one, on the CPU of the first process."""
+    """Tensors of one shape, in the order of processes -> one, on the CPU of the first process."""
     if not dist.is_initialized():
         return x.cpu()
     parts = [torch.empty_like(x, device="cpu") for _ in range(WORLD)]
@@ -470,16 +405,10 @@ def catch_signals():
         if CAUGHT:
             raise KeyboardInterrupt
         CAUGHT.append(number)
-
     signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
-
 def stop_asked():
     """The signal that any process has caught, or 0: all must agree before one leaves its loop."""
-    number = torch.tensor(max(CAUGHT, default=0))
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
+    return int(total(torch.tensor(max(CAUGHT, default=0)), dist.ReduceOp.MAX))
 def leave(number, message):
     """End a run that a signal stopped: with status 0 after SIGTERM, a scheduler's pre-emption, else 1."""
     print(message)
@@ -494,16 +423,12 @@ def say(line, last=False):
 say.next = 0
 
 # ---- files and checkpoints ---------------------------------------------------------------------------------
-
-CHECKPOINTS = {                         # by the script that `made_by` names
-    "vae.py": dict(config=dict, step=int, vae=dict, disc=dict, vae_opt=dict, disc_opt=dict),
-    "diffusion.py": dict(config=dict, step=int, scale=float, shift=float, vae=dict, vae_config=dict,
-                         model=dict, ema=dict, opt=dict),
-}
+CHECKPOINTS = {"vae.py": "config step vae disc vae_opt disc_opt",
+               "diffusion.py": "config step scale shift vae vae_config model ema opt"}
 
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
-    partial = f"{path}.part"                            # what a kill left behind is overwritten
+    partial = f"{path}.part"
     try:
         with open(partial, "wb") as f:
             write(f)
@@ -518,8 +443,8 @@ def replace_file(path, write):
 def save_checkpoint(path, made_by, cfg, step, parts, **more):
     """From the first process, what `load_checkpoint` reads; `parts` are modules and optimisers by name."""
     if RANK == 0:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        state = {"made_by": made_by, "config": vars(cfg), "step": step, **more, **states}
+        state = dict(made_by=made_by, config=vars(cfg), step=step, **more)
+        state |= {name: part.state_dict() for name, part in parts.items()}
         replace_file(path, lambda f: torch.save(state, f))
 
 def lock(file):
@@ -539,8 +464,8 @@ def load_checkpoint(path, made_by):
         raise SystemExit(f"error: no {path}: run {made_by} first, or point to another run with --out")
     except Exception as error:
         raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("made_by") != made_by or not all(
-            isinstance(state.get(key), kind) for key, kind in CHECKPOINTS[made_by].items()):
+    needed = f"made_by {CHECKPOINTS[made_by]}".split()
+    if not isinstance(state, dict) or None in map(state.get, needed) or state["made_by"] != made_by:
         raise SystemExit(f"error: {path} is not a checkpoint of {made_by}")
     return state
 
@@ -550,13 +475,10 @@ def begin(path, given, made_by):
         state = load_checkpoint(path, made_by)
         if given.get("max_steps", state["step"]) < state["step"]:
             raise SystemExit(f"error: {path} is at step {state['step']:,} already: give a larger --max-steps")
-        for picture in pathlib.Path(path).parent.glob("*.png.part"):    # which a kill interrupted
-            picture.unlink(missing_ok=True)
         print(f"resuming {path} at step {state['step']:,}")
         return state
     if os.path.exists(path) and not given.get("overwrite"):
-        raise SystemExit(f"error: {path} exists: go on with --resume, start elsewhere with --out DIR, or "
-                         f"replace it with --overwrite")
+        raise SystemExit(f"error: {path} exists: go on with --resume, or give --out DIR or --overwrite")
 
 def restore(parts, state):
     """Load the state of every part; stops in one line where it does not fit the settings."""
@@ -564,12 +486,10 @@ def restore(parts, state):
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise SystemExit(f"error: {name} of the checkpoint does not fit its settings: {reason:.200}")
+            raise SystemExit(f"error: the {name} there does not fit: {str(error).split(chr(10))[-1].strip()}")
 
 def folder_of(dataset):
     return os.path.join("out", os.path.basename(os.path.abspath(dataset)))
-
 def newest(name, made_by):
     """The youngest out/*/<name>."""
     found = sorted(pathlib.Path("out").glob(f"*/{name}"), key=os.path.getmtime)

@@ -1,7 +1,6 @@
 """Stage two: a denoiser, by class or caption, on the latents of the frozen VAE of stage one.
 
     python diffusion.py                                         # on the newest out/*/vae.pt
-    python diffusion.py --data imagenet --dit XL/2
     python diffusion.py --objective v --model dit --out out/v-dit
     python diffusion.py --condition text --out out/words
     torchrun --nproc-per-node 8 diffusion.py --data imagenet
@@ -10,26 +9,16 @@ Encodes every image once (latents_*.npy), then trains. Writes to the run's folde
 the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores the default
 takes 270 seconds and ends at a loss of 0.5; 999 of 1,000 samples are of their class.
 """
-import argparse
-import functools
-import glob
-import hashlib
-import io
-import math
-import os
-import shutil
-import time
+import argparse, copy, functools, glob, hashlib, io, math, os, shutil, time
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision.models import ResNet50_Weights
 
-import data
-import vae
-from vae import (Attention, Downsample, Log, ResBlock, Upsample, attend, cosine, groups_for, load_vae, named,
+import data, vae
+from vae import (Attention, Log, ResBlock, Upsample, attend, cosine, downsample, groups_for, load_vae, named,
                  norm, open_vae, read_weights, recompute)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,19 +70,15 @@ EMA_ON_CPU = False          # save memory: average on the CPU, every tenth updat
 WORKERS = 8                 # from 1; threads that read images or latents
 BENCH = False               # time twenty updates on random latents and stop; writes nothing
 # ------------------------------------------------------------------------------------------------------------
-PRESETS = {
-    "shapes": {},
-    "cifar10": dict(
-        MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2, DIT="S/2",
-        OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50,
-        COMPILE=None),
-    "cifar10-small": dict(
-        MAX_STEPS=16_000, BATCH_SIZE=32, EVAL_EVERY=2000, WIDTHS=(96, 192), OBJECTIVE="v", LR=1e-3,
-        LR_WARMUP=200, EMA=0.999, CFG=2.0, SAMPLE_STEPS=50),
-    "imagenet": dict(
-        MAX_STEPS=400_000, BATCH_SIZE=64, ACCUM=4, EVAL_EVERY=5000, MODEL="dit", WIDTHS=(192, 384, 384),
-        BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0, EMA=0.9999, CFG=5.0,
-        SAMPLE_STEPS=50, SAMPLES=20, COMPILE=None),
+PRESETS = {"shapes": {},
+    "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2,
+                    DIT="S/2", OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0,
+                    SAMPLE_STEPS=50, COMPILE=None),
+    "cifar10-small": dict(MAX_STEPS=16_000, BATCH_SIZE=32, EVAL_EVERY=2000, WIDTHS=(96, 192), OBJECTIVE="v",
+                          LR=1e-3, LR_WARMUP=200, EMA=0.999, CFG=2.0, SAMPLE_STEPS=50),
+    "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=64, ACCUM=4, EVAL_EVERY=5000, MODEL="dit",
+                     WIDTHS=(192, 384, 384), BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0,
+                     EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50, SAMPLES=20, COMPILE=None),
 }
 DIT_SIZES = {                # width, depth, heads
     "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -103,10 +88,8 @@ WORDS_LR = 3e-4             # at most, of the transformer over words: at 2e-3 it
 PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two; on a GPU 32
 
 # ---- the method: path, loss, guidance, sampler -------------------------------------------------------------
-
 def path(objective, t):
     """x_t = a x0 + b e, from data (t=0) to noise (t=1) -> a, b and their derivatives da, db.
-
     flow, sit: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its angle
     (Salimans and Ho 2022, app. D); ddpm: the same circle in the thousand steps of Ho et al. (2020). On both,
     a db - da b = 1, so that with the velocity v = da x0 + db e: x0 = db x - b v and e = a v - da x, without
@@ -115,21 +98,19 @@ def path(objective, t):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     angle = ddpm_angles(t.device)[(1000 * t).round().long()] if objective == "ddpm" else t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
-
 @functools.cache
 def ddpm_angles(device):
     """The angle after 0 ... 1000 steps of betas from 1e-4 to 0.02, by cos(angle)^2 = prod (1 - beta)."""
     kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)).cumprod(0)
     return F.pad(kept.sqrt().arccos(), (1, 0)).float().to(device)
-
 def first_time(objective):
     """Where the path's noisy end lies. At t=1 the noise says nothing about x0, and eps divides by a. At
     0.96 a is 0.063, near where Stable Diffusion's schedule ends; from 0.99 errors grow up to 64 times."""
     return 0.96 if objective == "eps" else 1.0
 
 def velocity(model, objective, x, t, y):
-    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32. SiT's time runs
-    from noise to data, unscaled, and so does its velocity; DDPM counts its steps from 0."""
+    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32. SiT's time and
+    velocity run from noise to data, its time unscaled; DDPM counts its steps from 0."""
     if objective == "sit":
         return -model(x, (1 - t) / 1000, y).float()
     out = model(x, t - 1e-3 if objective == "ddpm" else t, y).float()
@@ -157,16 +138,13 @@ def guided(model, objective, x, t, y, cfg, null):
 
 @torch.no_grad()
 def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0.0, 1.0)):
-    """Integrate from noise x [b, c, h, w] to data -> yields x after every step; the last is the sample.
-    Holding (x0, e) over a step is exact Euler on the straight line and DDIM (Song et al. 2021) on the
-    circle; heun averages the velocity with that at the step's end. Guidance acts for t in `interval`
-    (Kynkaanniemi et al. 2024). The state stays float32."""
+    """Integrate from noise x [b, c, h, w] to data, in float32 -> yields x after every step, last the sample.
+    Holding (x0, e) over a step is Euler on the straight line and DDIM (Song et al. 2021) on the circle; heun
+    averages v with that at the step's end. Guidance acts in `interval` (Kynkaanniemi et al. 2024)."""
     times = [first_time(objective) * (1 - k / steps) for k in range(steps + 1)]
-
     def v_at(x, t):
         scale = cfg if interval[0] <= t <= interval[1] else 1
         return guided(model, objective, x, torch.full((len(x),), t, device=x.device), y, scale, null)
-
     for t, s in zip(times, times[1:]):
         (a, b, da, db), (a_s, b_s, da_s, db_s) = (path(objective, torch.tensor(at)) for at in (t, s))
         v = v_at(x, t)
@@ -181,21 +159,17 @@ def sample(model, objective, x, y, null, steps=50, cfg=1.0, sampler="euler", int
 def normalise(z, scale, shift=0.0):
     """Latents as the VAE gives them -> unit standard deviation; `denormalise` is its inverse."""
     return (z - shift) * scale
-
 def denormalise(z, scale, shift=0.0):
     return z / scale + shift
 
 # ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] -----------------------------------
-
 class TimestepEmbedder(nn.Module):
     """Time [b] -> [b, d]: sines and cosines of 1000 t, then two layers."""
-
     def __init__(self, d):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         frequencies = 1000 * torch.exp(-math.log(10000) * torch.arange(128) / 128)
         self.register_buffer("frequencies", frequencies, persistent=False)
-
     def forward(self, t):
         angles = t[:, None].float() * self.frequencies      # float32: bf16 cannot tell t=0.996 from 1
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -210,11 +184,9 @@ def embedders(d, num_classes, text):
     return t_embedder, y_embedder
 
 # ---- words: --condition text. y is a caption's ids [b, n] instead of a class [b], the null all zeros -------
-
 class TextEmbedder(nn.Module):
-    """Ids y [b, n] -> [b, d], to be added to the time's; and the words [b, 1 + n, WORD] with a mask of those
-    that are there, for cross-attention. A transformer over a hashed vocabulary, trained along."""
-
+    """A transformer over ids y [b, n] -> [b, d], to be added to the time's; and for cross-attention the words
+    [b, 1 + n, WORD] with a mask of those that are there."""
     def __init__(self, d):
         super().__init__()
         self.embedding_table = nn.Embedding(data.VOCABULARY, WORD)
@@ -223,7 +195,6 @@ class TextEmbedder(nn.Module):
         layer = nn.TransformerEncoderLayer(WORD, 4, 4 * WORD, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WORD), enable_nested_tensor=False)
         self.mean = nn.Linear(WORD, d)
-
     def forward(self, y):
         there = F.pad(y > 0, (1, 0), value=True)
         words = torch.cat([self.begin.expand(len(y), 1, WORD), self.embedding_table(y)], 1) + self.positions
@@ -233,13 +204,11 @@ class TextEmbedder(nn.Module):
 
 class CrossAttention(nn.Module):
     """Places x [b, n, c] look at words [b, m, WORD] (Rombach et al. 2022). Starts as nothing."""
-
     def __init__(self, c, heads):
         super().__init__()
         self.heads, self.norm, self.to_q = heads, nn.LayerNorm(c), nn.Linear(c, c)
         self.to_kv, self.to_out = nn.Linear(WORD, 2 * c), nn.Linear(c, c)
         nn.init.zeros_(self.to_out.weight), nn.init.zeros_(self.to_out.bias)
-
     def forward(self, x, words, there):
         q = self.to_q(self.norm(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.to_kv(words).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -247,18 +216,14 @@ class CrossAttention(nn.Module):
         return x + self.to_out(out.transpose(1, 2).flatten(2))
 
 # ---- the UNet ----------------------------------------------------------------------------------------------
-
 class CondBlock(ResBlock):
-    """The VAE's residual block, its second norm scaled and shifted by the conditioning (Dhariwal, Nichol
-    2021). x [b, c_in, h, w], c [b, d] -> [b, c_out, h, w], with self-attention behind it if asked for, and
-    with cross-attention to the words behind that."""
-
+    """The VAE's residual block, its second norm scaled and shifted by c [b, d] (Dhariwal, Nichol 2021), then
+    perhaps self-attention, and cross-attention to words: x [b, c_in, h, w] -> [b, c_out, h, w]."""
     def __init__(self, c_in, c_out, groups, d, text, attention=False):
         super().__init__(c_in, c_out, groups)
         self.condition = nn.Linear(d, 2 * c_out)
         self.attention = Attention(c_out, groups) if attention else nn.Identity()
         self.cross = CrossAttention(c_out, 4) if attention and text else None
-
     def forward(self, x, c, words):
         scale, shift = self.condition(F.silu(c))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
@@ -269,7 +234,6 @@ class CondBlock(ResBlock):
 
 class UNet(nn.Module):
     """Residual blocks down and up with skip connections, attention at low resolutions (Ho et al. 2020)."""
-
     def __init__(self, channels, side, num_classes, widths=(128, 256, 256), blocks=2, attention_at=8,
                  text=False):
         super().__init__()
@@ -281,14 +245,13 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
             if i:
-                self.down.append(Downsample(c))
+                self.down.append(downsample(c))
                 skips.append(c)
             for _ in range(blocks):
                 self.down.append(CondBlock(c, width, groups, d, text, side >> i <= attention_at))
                 c = width
                 skips.append(c)
-        middle = CondBlock(c, c, groups, d, text, True), CondBlock(c, c, groups, d, text)
-        self.middle = nn.ModuleList(middle)
+        self.middle = nn.ModuleList([CondBlock(c, c, groups, d, text, at) for at in (True, False)])
         for i, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 self.up.append(CondBlock(c + skips.pop(), width, groups, d, text, side >> i <= attention_at))
@@ -297,13 +260,12 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c))
         self.last = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
         nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
-
     def forward(self, x, t, y):
         c, words = self.y_embedder(y) if self.text else (self.y_embedder(y), None)
         c, x = self.t_embedder(t) + c, self.first(x)
         skips = [x]
         for layer in self.down:
-            x = layer(x) if isinstance(layer, Downsample) else layer(x, c, words)
+            x = layer(x, c, words) if isinstance(layer, CondBlock) else layer(x)
             skips.append(x)
         for layer in self.middle:
             x = layer(x, c, words)
@@ -312,19 +274,16 @@ class UNet(nn.Module):
         return self.last(x)
 
 # ---- the DiT -----------------------------------------------------------------------------------------------
-
 def positions(d, side):
     """Fixed sines and cosines on a square grid -> [1, side * side, d]: half of d by column, half by row."""
     angles = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(d // 4) / (d // 4))
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)[None]
-
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: tokens x [b, n, d], conditioning c [b, d] -> [b, n, d]."""
-
     def __init__(self, d, heads, gelu="none", text=False):
         super().__init__()
         self.cross = CrossAttention(d, heads) if text else None
@@ -332,11 +291,9 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.mlp = named(fc1=nn.Linear(d, 4 * d), act=nn.GELU(gelu), fc2=nn.Linear(4 * d, d))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
-
     def attention(self, x):
         qkv = self.attn.qkv(x).unflatten(2, (3, self.heads, -1))                # [b, n, 3, heads, d / heads]
         return self.attn.proj(attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
-
     def forward(self, x, c, words):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
@@ -344,23 +301,20 @@ class DiTBlock(nn.Module):
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 class DiT(nn.Module):
-    """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748); all names are those of
-    facebookresearch/DiT, whose `gelu` is "tanh". `size` is one of DIT_SIZES and a patch: B/2."""
-
+    """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748), with the names of facebookresearch/DiT,
+    whose `gelu` is "tanh"."""
     def __init__(self, channels, side, num_classes, size="B/2", gelu="none", text=False):
         super().__init__()
         if size not in [f"{name}/{p}" for name in DIT_SIZES for p in range(1, side + 1) if side % p == 0]:
-            raise SystemExit(f"error: --dit {size} does not fit latents of {side}x{side}: expected one of "
-                             f"{', '.join(DIT_SIZES)} / a patch that divides {side}")
+            raise SystemExit(f"error: --dit {size}: expected {', '.join(DIT_SIZES)} / a divisor of {side}")
         (d, depth, heads), p = DIT_SIZES[size.split("/")[0]], int(size.split("/")[1])
         self.x_embedder = named(proj=nn.Conv2d(channels, d, p, stride=p))
         self.text, (self.t_embedder, self.y_embedder) = text, embedders(d, num_classes, text)
         self.register_buffer("pos_embed", positions(d, side // p))
         self.blocks = nn.ModuleList(DiTBlock(d, heads, gelu, text) for _ in range(depth))
         self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
-        self.final_layer = nn.ModuleDict({
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
-            "linear": nn.Linear(d, p * p * channels)})
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
+                                          "linear": nn.Linear(d, p * p * channels)})
         for module in [*self.blocks.modules(), self.x_embedder.proj]:
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1)), nn.init.zeros_(module.bias)
@@ -368,7 +322,6 @@ class DiT(nn.Module):
                      *(block.cross.to_out for block in self.blocks if text),
                      self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
-
     def forward(self, x, t, y):
         c, words = self.y_embedder(y) if self.text else (self.y_embedder(y), None)
         c, x = self.t_embedder(t) + c, self.x_embedder(x)
@@ -390,31 +343,20 @@ def build(config):
 
 # ---- latents -----------------------------------------------------------------------------------------------
 
-def record(views, c, side):
-    """What is kept of an image: means and log-variances of its views, itself and perhaps its mirror, and
-    the ids of its caption."""
-    return np.dtype([("moments", "<f2", (views, 2, c, side, side)), ("words", "<u2", (data.WORDS,))])
-
 class Latents:
-    """A file of records. Every view is a row of its own in training, but for `text`, which may speak of left
-    and right: latents[rows] is float16 [n, 2, c, h, w] and y, classes int64 [n] or ids int64 [n, WORDS]."""
-
+    """A file of records: latents[rows] is float16 [n, 2, c, h, w] and classes int64 [n], every view a row of
+    its own. Or ids int64 [n, WORDS] if `text`, without mirror images: words may speak of left and right."""
     def __init__(self, file, labels, text=False):
         try:
             self.records = np.load(file, mmap_mode="r")
         except (ValueError, EOFError) as error:
             raise SystemExit(f"error: {file} is truncated or no array ({error}): remove it, to make it again")
-        self.labels, self.text = labels, text
-        self.views = 1 if text else self.records["moments"].shape[1]
-
+        self.labels, self.text, self.views = labels, text, 1 if text else self.records["moments"].shape[1]
     def __len__(self):
         return len(self.records) * self.views
-
     def __getitem__(self, rows):
         image, view = rows // self.views, (rows % self.views).numpy()
-        y = self.labels[image]
-        if self.text:
-            y = torch.from_numpy(self.records["words"][image.numpy()].astype(np.int64))
+        y = torch.from_numpy(self.records["words"][image.numpy()]).long() if self.text else self.labels[image]
         return torch.from_numpy(self.records["moments"][image.numpy(), view]), y
 
 @torch.no_grad()
@@ -425,7 +367,6 @@ def encode(coder, pixels, views, autocast):
         moments = [torch.stack([torch.stack(coder.encode(x.flip(3) if view else x), 1)
                                 for view in range(views)], 1) for x in parts]
     return torch.cat(moments).half()
-
 def at_once(device, size):
     """How many images of that size to encode or decode at once."""
     return max(1, PIXELS * (8 if device.type == "cuda" else 1) // size ** 2)
@@ -441,16 +382,16 @@ def measure(moments, device):
     return 1 / math.sqrt(second - mean ** 2)
 
 def write_latents(coder, train, name, device, autocast, workers):
-    """Encode every image and its mirror into one file -> its name: `name` and the scale. A block is one
-    batch whichever process makes it, large enough that a GPU hardly waits for its writing. The first process
-    appends them in order to a partial file, so that an interrupted run goes on at its end."""
+    """Encode every image and its mirror into one file -> its name: `name` and the scale. Each process makes
+    whole blocks, and the first appends them in order: an interrupted run goes on at the file's end."""
     partial, header = f"{name}.npy.part", io.BytesIO()
-    kind = record(1 + train.flip, coder.z_channels, train.size // coder.factor)
+    side, views = train.size // coder.factor, 1 + train.flip
+    kind = np.dtype([("moments", "<f2", (views, 2, coder.z_channels, side, side)),     # mean, log-variance
+                     ("words", "<i2", (data.WORDS,))])
     np.lib.format.write_array_header_1_0(header, {
         "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(train),)})
     block, head, row = min(len(train), 4 * at_once(device, train.size)), len(header.getvalue()), kind.itemsize
-    done = 0
-    file = open(partial, "ab") if data.RANK == 0 else None
+    done, file = 0, open(partial, "ab") if data.RANK == 0 else None
     if file:
         data.lock(file)
         if len(train) * row > shutil.disk_usage(os.path.dirname(name)).free:
@@ -462,7 +403,7 @@ def write_latents(coder, train, name, device, autocast, workers):
     plan = (torch.arange(block).add(first + data.RANK * block).clamp(max=len(train) - 1) for first in firsts)
     train.captioned = True
     for first, (pixels, words) in zip(firsts, data.feed(train, plan, device, workers)):
-        moments, words = data.gather(encode(coder, pixels, 1 + train.flip, autocast)), data.gather(words)
+        moments, words = data.gather(encode(coder, pixels, views, autocast)), data.gather(words)
         if file:
             records = np.empty(min(len(moments), len(train) - first), kind)
             records["moments"], records["words"] = moments[:len(records)], words[:len(records)]
@@ -483,8 +424,8 @@ def write_latents(coder, train, name, device, autocast, workers):
     return data.from_first(name)
 
 def precompute(coder, train, folder, device, autocast, workers):
-    """The file of latents in `folder`, made if it is not there -> its name and the scale, with which that
-    ends. The name begins with a hash of VAE, dataset and size: other latents are never found."""
+    """The file of latents in `folder`, made if it is not there -> its name and the scale, its name's end. It
+    begins with a hash of VAE, dataset and size: other latents are never found."""
     digest = hashlib.sha256(f"{train.identity()} {train.size}".encode())
     for key, tensor in coder.state_dict().items():
         digest.update(key.encode() + tensor.cpu().numpy().tobytes())
@@ -498,10 +439,9 @@ def precompute(coder, train, folder, device, autocast, workers):
     return file, float(file[len(name) + 1:-len(".npy")])
 
 # ---- training ----------------------------------------------------------------------------------------------
-
 def draw(cfg, step, batch, device):
-    """All noise of an update, by row of its batch: the same for any number of processes and micro-steps.
-    -> noise of the latents and of the path [batch, c, h, w], times [batch], dropped labels [batch]"""
+    """All noise of an update, the same for any number of processes and micro-steps -> of the latents and the
+    path [batch, c, h, w]; times, and which labels are dropped [batch]"""
     source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
     z_noise, e = torch.randn(2, batch, cfg.z_channels, cfg.side, cfg.side, device=device, generator=source)
     offset, dropout = torch.rand(2, batch, device=device, generator=source)
@@ -535,8 +475,8 @@ def decode(coder, z, scale, shift=0.0):
     return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale, shift))) for part in parts])
 
 def published(path, objective):
-    """Weights of a DiT or SiT, whose names are ours -> what a diffusion.pt says of them. Of the last layer's
-    outputs (p, q, 2c) the latter c are a learned variance, for which no sampler here asks."""
+    """A DiT's or SiT's weights, whose names are ours -> what a diffusion.pt says of them. Of the last layer's
+    outputs (p, q, 2c) the latter c, a learned variance, are left out."""
     weights = read_weights(path)
     if objective not in ("ddpm", "sit"):
         raise SystemExit(f"error: {path} learned --objective ddpm, if it is a DiT, or sit, not {objective}")
@@ -555,8 +495,7 @@ def published(path, objective):
     return {"config": config, "step": 0, "ema": weights}
 
 def load(path, device="cpu", objective="", coder=""):
-    """A trained denoiser with its averaged weights, and its VAE -> denoiser, VAE, checkpoint. With an
-    `objective` of published weights; `coder` is a file of another VAE to decode with."""
+    """A run's, or with `objective` a published denoiser; its VAE, or the file `coder`'s; the checkpoint."""
     state = published(path, objective) if objective else data.load_checkpoint(path, "diffusion.py")
     if coder:
         other = open_vae(coder)
@@ -606,18 +545,18 @@ def main(argv=None):
     micro, steps = data.share(cfg, world)
     coder, batch, text = coder.to(device), micro * steps * world, cfg.condition == "text"
     cfg.out, cfg.z_channels, cfg.side = out, coder.z_channels, cfg.size // coder.factor
+    shape = cfg.z_channels, cfg.side, cfg.side
 
     # latents
     if cfg.bench:
-        moments = torch.randn(256, 2, cfg.z_channels, cfg.side, cfg.side, dtype=torch.float16)
+        moments = torch.randn(256, 2, *shape, dtype=torch.float16)
         y = np.ones((256, data.WORDS), int) if text else range(256)
         latents, scale = data.Images(range(1000), y, cfg.side, moments), 1.0
         cfg.classes, cfg.max_steps, cfg.log_every = latents.classes, 20, 1
     else:
         data.catch_signals()
         folder, known = data.folder_of(cfg.data), coder_cfg if cfg.data == coder_cfg.data else cfg
-        for made in (out, folder):
-            os.makedirs(made, exist_ok=True)
+        os.makedirs(out, exist_ok=True), os.makedirs(folder, exist_ok=True)
         train, val = data.load(cfg.data, cfg.data_dir, cfg.size, getattr(known, "classes", ()))
         if cfg.compile and device.type == "cuda":
             coder.encode = torch.compile(coder.encode, dynamic=False)   # chooses channels-last by itself
@@ -633,14 +572,11 @@ def main(argv=None):
         init = published(cfg.init, cfg.objective)
         cfg.model, cfg.dit = "dit", init["config"]["dit"]
     model, home = build(cfg).to(device), "cpu" if cfg.ema_on_cpu else device
-    ema = build(cfg).to(home).requires_grad_(False)
-    ema.load_state_dict(model.state_dict())
-    groups = [], []                                             # the second: the transformer over words
-    for name, parameter in model.named_parameters():
-        groups[".layers." in name].append(parameter)
-    groups = [{"params": group} for group in groups]
+    ema = copy.deepcopy(model).to(home).requires_grad_(False)
+    groups = [{"params": [p for name, p in model.named_parameters() if (".layers." in name) == words]}
+              for words in (False, True)]                       # the second: the transformer over words
     opt = torch.optim.AdamW(groups, cfg.lr, BETAS, weight_decay=0.0, fused=True)
-    trained = {"model": model, "ema": ema, "opt": opt}
+    trained = {"model": model, "ema": ema, "opt": opt, "vae": coder}
     if state:
         data.restore(trained, state)
     elif cfg.init:
@@ -648,23 +584,19 @@ def main(argv=None):
             init["ema"] |= {name: tensor for name, tensor in model.state_dict().items()
                             if "y_embedder." in name or ".cross." in name}
         data.restore({"model": model, "ema": ema}, init | {"model": init["ema"]})
-    start = state["step"] if state else 0
-    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.objective}, by {cfg.condition}; "
-          f"{len(latents):,} latents {[cfg.z_channels, cfg.side, cfg.side]} of scale {scale:.4f}, shift "
-          f"{shift:g}; {cfg.max_steps:,} updates of {world} x {steps} x {micro} on {device}"
-          f"{' in bf16' if cfg.bf16 else ''}")
+    start, n = state["step"] if state else 0, sum(p.numel() for p in model.parameters())
+    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {n:,} parameters, {cfg.objective} "
+          f"by {cfg.condition}; {len(latents):,} latents {shape}, scale {scale:.4f}, shift {shift:g}; "
+          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro}, {device}{', bf16' * cfg.bf16}")
     if cfg.grad_checkpoint:
         recompute(model, ResBlock, DiTBlock)
     if cfg.compile:
         model.compile(dynamic=False)                            # in place: the names of the weights stay
-    run = DDP(model, broadcast_buffers=False) if world > 1 else model
-
     def picture(step):
         shown = min(10, len(cfg.prompts) if text else null)
         y = torch.arange(cfg.samples) % shown
         y = (data.tokens(cfg.prompts)[y] if text else y * (null // shown)).to(device)
-        x = start_noise(range(len(y)), (cfg.z_channels, cfg.side, cfg.side), cfg.seed).to(device)
+        x = start_noise(range(len(y)), shape, cfg.seed).to(device)
         ema.to(device)                                          # into the memory of the gradients, none now
         with autocast:
             *_, z = sample(ema, cfg.objective, x, y, null, cfg.sample_steps, cfg.cfg)
@@ -673,7 +605,6 @@ def main(argv=None):
         data.replace_file(f"{out}/samples_{step:06d}.png", lambda f: drawn.save(f, "png"))
 
     log = Log("" if cfg.bench else f"{out}/diffusion.csv", start, cfg.max_steps)
-    skipped, streak = torch.zeros(2, device=device)
     plan = data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
     batches = data.feed(latents, plan, device, cfg.workers)
     for step in range(start, cfg.max_steps):
@@ -691,21 +622,14 @@ def main(argv=None):
             mean, logvar = moments.float().unbind(1)
             x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale, shift)
             y = torch.where(dropped[rows].view(-1, *[1] * (y.ndim - 1)), null, y)
-            run.require_backward_grad_sync = k == steps - 1     # DDP averages at the last micro-step only
             with autocast:
-                loss = diffusion_loss(run, cfg.objective, x0, e[rows], t[rows], y)
+                loss = diffusion_loss(model, cfg.objective, x0, e[rows], t[rows], y)
             (loss.mean() / steps).backward()
             losses[rows] = loss.detach()
 
-        # clip, step; an update that is not finite, or a spike, is skipped: by all processes, without waiting
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        unsound = (~(grad_norm < vae.SPIKE)).float()                    # a NaN is not below
-        if device.type != "mps":
-            opt.found_inf = unsound                                     # what a fused AdamW looks at
-        if device.type != "mps" or not unsound:
-            opt.step()
-        opt.zero_grad()
-        skipped, streak = skipped + unsound, (streak + 1) * unsound
+        # clip, step, average the weights
+        norms, unsound = vae.update([(model, opt)], cfg.clip)
+        log.skipped, log.streak = log.skipped + unsound, (log.streak + 1) * unsound
         every = 10 if cfg.ema_on_cpu else 1
         if rank == 0 and (step + 1) % every == 0:
             update_ema(ema, model, cfg.ema, step, every)
@@ -715,20 +639,17 @@ def main(argv=None):
         due = not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps)
         with log.pause():
             if due or stop:
-                data.save_checkpoint(
-                    f"{out}/diffusion.pt", "diffusion.py", cfg, step, trained | {"vae": coder},
-                    scale=scale, shift=shift, vae_config=vars(coder_cfg))
+                data.save_checkpoint(f"{out}/diffusion.pt", "diffusion.py", cfg, step, trained, scale=scale,
+                                     shift=shift, vae_config=vars(coder_cfg))
             if due and rank == 0 and cfg.samples:
                 picture(step)
 
         # log
         if step % cfg.log_every == 0 or step == cfg.max_steps:
             losses = data.total(losses)
-            quarters = {f"loss_t{q + 1}/4": losses[(t * 4).long() == q].mean().item() for q in range(4)}
-            log.row(step, batch, ("loss", "norm"), loss=losses.mean().item(), **quarters,
-                    norm=grad_norm.item(), lr=lr, skipped=skipped.item(),
-                    streak=streak.item())
-            skipped = torch.zeros_like(skipped)
+            figures = {"loss": losses.mean().item(), "norm": norms.item(), "lr": lr}
+            figures |= {f"loss_t{q + 1}/4": losses[(t * 4).long() == q].mean().item() for q in range(4)}
+            log.row(step, batch, ("loss", "norm"), **figures)
         if stop:
             data.leave(stop, f"saved at step {step:,}; go on with --resume")
     if cfg.bench:

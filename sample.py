@@ -11,20 +11,13 @@
 Uses the averaged weights and decodes in float32. Image i starts from noise seeded by (seed, i) alone:
 it depends neither on the batch nor on the number of processes.
 """
-import argparse
-import os
-import pathlib
-import re
-import time
-import zlib
+import argparse, os, pathlib, re, time, zlib
 
 import numpy as np
 import torch
 from torchvision.models import ResNet50_Weights
 
-import data
-import diffusion
-import vae
+import data, diffusion, vae
 
 # ------------------------------------------------------------------------------------------------------------
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
@@ -69,15 +62,13 @@ def main(argv=None):
     device, autocast = data.start(cfg)
     if bool(cfg.weights) != bool(cfg.objective) or (cfg.weights and not cfg.vae):
         raise SystemExit("error: --weights, --objective ddpm or sit, and --vae belong together")
-    own = f"{cfg.out}/diffusion.pt" if cfg.out else ""
-    file = cfg.weights or own or data.newest("diffusion.pt", "diffusion.py")
+    file = cfg.weights or cfg.out and f"{cfg.out}/diffusion.pt" or data.newest("diffusion.pt", "diffusion.py")
     model, coder, state = diffusion.load(file, device, cfg.objective, cfg.vae)
     run = argparse.Namespace(**state["config"])
     scale, shift = cfg.scale or state["scale"], cfg.shift or state["shift"]
     if not scale:
         raise SystemExit(f"error: no config.json beside {cfg.vae} says the latents' scale: give --scale")
-    updates = f", {state['step']:,} updates on {run.data}" if state["step"] else ""
-    print(f"taking {file}: {run.model}, {run.objective}{updates}")
+    print(f"taking {file}: {run.model}, {run.objective}, of {run.data}, {state['step']:,} updates")
 
     # what to draw
     if cfg.interval[0] > cfg.interval[1]:
@@ -89,8 +80,7 @@ def main(argv=None):
         null, chosen = 0, [*cfg.prompt, *(run.classes[k] for k in chosen)]
     for prompt in cfg.prompt:
         if not text or not 0 < len(data.words_of(prompt)) <= data.WORDS:
-            raise SystemExit(f"error: --prompt {prompt!r}: expected 1 to {data.WORDS} words, for a run with "
-                             f"--condition text")
+            raise SystemExit(f"error: --prompt {prompt!r}: 1 to {data.WORDS} words, for --condition text")
     asked, some = bool(chosen), slice(10) if text else slice(None, None, -(-null // 10))
     every = run.prompts if text else list(range(null))
     chosen = chosen or every[some if as_grid else slice(None)]
@@ -115,9 +105,8 @@ def main(argv=None):
         exist.remove(cfg.png)
         todo = [i for i in todo if cfg.npz or cfg.gif or not os.path.exists(f"{cfg.png}/{i:06d}.png")]
     exist, todo = data.from_first((exist, todo))
-    for made in exist:
-        how = " with other settings" if made == cfg.png else ""
-        raise SystemExit(f"error: {made} exists{how}: name another, or remove it")
+    if exist:
+        raise SystemExit(f"error: {exist[0]} exists, perhaps of other settings: name another, or remove it")
     for folder in (cfg.out, cfg.png, os.path.dirname(cfg.npz), os.path.dirname(cfg.gif)):
         os.makedirs(folder or ".", exist_ok=True)
     first_process, frames = data.RANK == 0, steps + 1 if cfg.gif else 1
@@ -149,8 +138,7 @@ def main(argv=None):
             done = min(first + batch * data.WORLD, len(todo))
             rate = done / (time.perf_counter() - began)
             data.say(f"{done:,}/{len(todo):,} images  {rate:.1f} images/s", done == len(todo))
-    for image in written:
-        image.result()                          # which raises what went wrong
+    [image.result() for image in written]       # which raises what went wrong
     if not first_process:
         return
 
