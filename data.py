@@ -5,7 +5,7 @@ perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8 [3, size, si
 the sorted class names.
 """
 import argparse, concurrent.futures, contextlib, ctypes, functools, hashlib, io, itertools, os, pathlib, re
-import shutil, signal, sys, sysconfig, time, zlib
+import shutil, signal, sys, sysconfig, time
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 MAX_BAD = 0.01              # share of unreadable images above which a run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
-WORDS, VOCABULARY = 24, 2 ** 13     # of a caption; of all, a table into which they are hashed
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 # ---- shapes: ten classes drawn from distance functions -----------------------------------------------------
@@ -64,32 +63,6 @@ def draw_shapes(split, rows, size=32):
     paper = (1 - 0.3 * u[:, 5:8])[:, :, None, None]                             # pale
     return ((paper + cover * (ink - paper)) * 255).round().to(torch.uint8)
 
-# ---- captions, for diffusion.py --condition text -----------------------------------------------------------
-COLOURS = "red", "gold", "lime", "green", "cyan", "blue", "purple", "pink"        # 45 degrees of hue apart
-PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
-          "at the bottom left", "at the bottom", "at the bottom right")
-
-def describe_shape(split, row):
-    """The caption of a drawn shape: "a small red star at the top left". One attribute in ten is left out,
-    and any that lies near the border between two names."""
-    u = np.random.default_rng((split == "val", row)).random(12)         # the first eight as in draw_shapes
-    def name(position, names, chance):
-        near = abs(position - round(position)) < 0.12 and 0 < round(position) < len(names)
-        return "" if near or chance < 0.1 else names[int(position)]
-    size, colour = name(2 * u[0], ("small", "large"), u[8]), name(8 * u[4] + 0.5, COLOURS + COLOURS[:1], u[9])
-    shape = "shape" if u[10] < 0.1 else list(SHAPES)[row % len(SHAPES)]
-    across, down = (name(3 * u[axis], range(3), u[11]) for axis in (2, 3))
-    place = "" if "" in (across, down) else PLACES[3 * down + across]
-    return " ".join(filter(None, ("a", size, colour, shape, place)))
-
-def words_of(caption):
-    return re.findall(r"\w+", caption.lower())
-def tokens(captions):
-    """Captions -> ids of their words, places in a table given by a hash, then zeros: int64 [n, WORDS]."""
-    ids = [[1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words_of(caption)[:WORDS]]
-           for caption in captions]
-    return torch.tensor([row + [0] * (WORDS - len(row)) for row in ids])
-
 # ---- image files -------------------------------------------------------------------------------------------
 # a third faster than Pillow's; the bare operator, since the function around it is deprecated and warns
 DECODE_JPEG = getattr(torch.ops.image, "decode_jpeg", None)
@@ -123,19 +96,19 @@ def center_crop(x, size):
     return x[0, :, top:top + size, left:left + size].contiguous()
 
 class Images:
-    """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], or if `captioned` the ids of
-    captions int64 [n, WORDS]. Made of `pixels`, or of `files` below `folder`, read when asked for. `flip`: a
-    mirrored image is still one of its class; `describe` gives the caption of a row."""
-    def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True, describe=None):
+    """One split: images[rows] is uint8 [n, 3, size, size] and classes int64 [n], for rows int64 [n]. Made of
+    `pixels`, or of `files` below `folder`, each read when it is asked for. `flip`: a mirrored image is still
+    one of its class."""
+    def __init__(self, classes, labels, size, pixels=None, folder="", files=(), flip=True):
         self.classes, self.labels, self.size, self.flip = classes, torch.tensor(labels), size, flip
-        self.pixels, self.folder, self.files, self.describe = pixels, folder, files, describe
-        self.bad, self.captioned, self.said = {}, False, False      # bad: unreadable rows and their stand-ins
+        self.pixels, self.folder, self.files = pixels, folder, files
+        self.bad = {}                               # unreadable rows, with those that stand in for them
     def __len__(self):
         return len(self.labels)
     def __getitem__(self, rows):
-        every = rows.tolist()
-        pixels = torch.stack([*map(self.read, every)]) if self.pixels is None else self.pixels[rows]
-        return pixels, tokens([*map(self.caption, every)]) if self.captioned else self.labels[rows]
+        if self.pixels is not None:
+            return self.pixels[rows], self.labels[rows]
+        return torch.stack([self.read(row) for row in rows.tolist()]), self.labels[rows]
     def read(self, row):
         """One file's pixels; one that cannot be read is named once, and the next of its class stands in."""
         file = os.path.join(self.folder, self.files[row])
@@ -149,22 +122,6 @@ class Images:
         if len(self.bad) > MAX_BAD * len(self):
             raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, like {file}")
         return self.read(self.bad[row])
-    def caption(self, row):
-        """The first line of the .txt beside an image, else its class's name; once read, a stand-in's own."""
-        while row in self.bad:
-            row = self.bad[row]
-        if self.describe:
-            return self.describe(row)
-        name, text = self.classes[self.labels[row]], ""
-        file = os.path.splitext(os.path.join(self.folder, self.files[row]))[0] + ".txt" if self.files else ""
-        if not os.path.exists(file):
-            return name
-        with contextlib.suppress(OSError, UnicodeDecodeError), open(file, encoding="utf-8-sig") as f:
-            text = f.readline(10_000).strip()
-        if not self.said and not 0 < len(words_of(text)) <= WORDS:
-            self.said = True
-            print(f"caption {file}, perhaps others: not 1 to {WORDS} words in UTF-8; cut, or the class taken")
-        return text or name
     def identity(self):
         """A hash of what a copy keeps: class and file names, and the contents of a hundred images."""
         digest = hashlib.sha256("\0".join([*self.classes, *self.files]).encode(errors="surrogateescape"))
@@ -172,7 +129,6 @@ class Images:
         for row in range(0, len(self), -(-len(self) // 100)):
             file = self.files and os.path.join(self.folder, self.files[row])
             digest.update(pathlib.Path(file).read_bytes() if file else self.pixels[row].numpy())
-            digest.update(self.caption(row).encode())
         return digest.hexdigest()
 
 def list_folder(folder, classes=()):
@@ -195,9 +151,8 @@ def list_folder(folder, classes=()):
 def load(data, data_dir="", size=32, expected=()):
     """A dataset by name, or a folder -> train and val, two `Images`; of the `expected` classes, if any."""
     if data == "shapes" and not data_dir:
-        return [Images(list(SHAPES), np.arange(n) % 10, size, draw_shapes(split, range(n), size), flip=False,
-                       describe=functools.partial(describe_shape, split))
-                for split, n in SHAPES_COUNT.items()]
+        return [Images(list(SHAPES), np.arange(n) % 10, size, draw_shapes(split, range(n), size), split,
+                       flip=False) for split, n in SHAPES_COUNT.items()]
     folder = data_dir or (os.path.join("data", data) if data in ("cifar10", "imagenet") else data)
     train, val = os.path.join(folder, "train"), os.path.join(folder, "val")
     if data == "cifar10" and not os.path.isdir(train):
@@ -281,6 +236,11 @@ def grid(pixels, columns):
     """uint8 [n, 3, h, w] -> one picture, `columns` images a row"""
     picture = torchvision.utils.make_grid(pixels.cpu(), columns, padding=2, pad_value=255)
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+def write_png(path, image):
+    """An image uint8 [3, h, w]; renamed into place, so that what has its name is whole."""
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{path}.part", "png")
+    os.replace(f"{path}.part", path)
 
 # ---- settings: the fenced block of constants at a script's top, as flags -----------------------------------
 CALL = "resume", "overwrite", "out", "device", "bench", "eval", "export", "init", "vae"   # not of a saved run

@@ -9,7 +9,7 @@ Encodes every image once (latents_*.npy), then trains. Writes to the run's folde
 the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores the default
 takes 270 seconds and ends at a loss of 0.5; 999 of 1,000 samples are of their class.
 """
-import argparse, copy, functools, glob, hashlib, io, math, os, shutil, time
+import argparse, contextlib, copy, functools, glob, hashlib, io, math, os, pathlib, re, shutil, time, zlib
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ PRESETS = {"shapes": {},
 DIT_SIZES = {                # width, depth, heads
     "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 BETAS = (0.9, 0.99)
-WORD = 128                  # width of a word among words
+WORDS, VOCABULARY, WORD = 24, 2 ** 13, 128      # of a caption; of all, by their hash; the width of one
 WORDS_LR = 3e-4             # at most, of the transformer over words: at 2e-3 it learns little of places
 PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two; on a GPU 32
 
@@ -184,14 +184,63 @@ def embedders(d, num_classes, text):
     return t_embedder, y_embedder
 
 # ---- words: --condition text. y is a caption's ids [b, n] instead of a class [b], the null all zeros -------
+COLOURS = "red", "gold", "lime", "green", "cyan", "blue", "purple", "pink"        # 45 degrees of hue apart
+PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right")
+
+def describe_shape(split, row):
+    """The caption of a drawn shape: "a small red star at the top left". One attribute in ten is left out,
+    and any that lies near the border between two names."""
+    u = np.random.default_rng((split == "val", row)).random(12)         # the first eight as in draw_shapes
+    def name(position, names, chance):
+        near = abs(position - round(position)) < 0.12 and 0 < round(position) < len(names)
+        return "" if near or chance < 0.1 else names[int(position)]
+    size, colour = name(2 * u[0], ("small", "large"), u[8]), name(8 * u[4] + 0.5, COLOURS + COLOURS[:1], u[9])
+    shape = "shape" if u[10] < 0.1 else list(data.SHAPES)[row % len(data.SHAPES)]
+    across, down = (name(3 * u[axis], range(3), u[11]) for axis in (2, 3))
+    place = "" if "" in (across, down) else PLACES[3 * down + across]
+    return " ".join(filter(None, ("a", size, colour, shape, place)))
+
+def words_of(caption):
+    return re.findall(r"\w+", caption.lower())
+def tokens(captions):
+    """Captions -> ids of their words, places in a table given by a hash, then zeros: int64 [n, WORDS]."""
+    ids = [[1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words_of(caption)[:WORDS]]
+           for caption in captions]
+    return torch.tensor([row + [0] * (WORDS - len(row)) for row in ids])
+
+class Captions:
+    """Images with the ids of captions int64 [n, WORDS] instead of classes. A caption is a drawn shape's
+    description, or the first line of the .txt beside an image, or the name of its class."""
+    def __init__(self, images):
+        self.images, self.said = images, False
+    def __getitem__(self, rows):
+        return self.images[rows][0], tokens([self.caption(row) for row in rows.tolist()])
+    def caption(self, row):
+        images = self.images
+        while row in images.bad:                                # once read, a stand-in brings its own
+            row = images.bad[row]
+        if images.classes == list(data.SHAPES) and not images.files:
+            return describe_shape(images.folder, row)
+        name, text = images.classes[images.labels[row]], ""
+        file = images.files and pathlib.Path(images.folder, images.files[row]).with_suffix(".txt")
+        if not (file and file.exists()):
+            return name
+        with contextlib.suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8-sig") as f:
+            text = f.readline(10_000).strip()
+        if not self.said and not 0 < len(words_of(text)) <= WORDS:
+            self.said = True
+            print(f"caption {file}, perhaps others: not 1 to {WORDS} words in UTF-8; cut, or the class taken")
+        return text or name
+
 class TextEmbedder(nn.Module):
     """A transformer over ids y [b, n] -> [b, d], to be added to the time's; and for cross-attention the words
     [b, 1 + n, WORD] with a mask of those that are there."""
     def __init__(self, d):
         super().__init__()
-        self.embedding_table = nn.Embedding(data.VOCABULARY, WORD)
+        self.embedding_table = nn.Embedding(VOCABULARY, WORD)
         self.begin = nn.Parameter(torch.zeros(1, 1, WORD))      # never masked: an empty caption is not NaN
-        self.positions = nn.Parameter(0.02 * torch.randn(1 + data.WORDS, WORD))
+        self.positions = nn.Parameter(0.02 * torch.randn(1 + WORDS, WORD))
         layer = nn.TransformerEncoderLayer(WORD, 4, 4 * WORD, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WORD), enable_nested_tensor=False)
         self.mean = nn.Linear(WORD, d)
@@ -387,7 +436,7 @@ def write_latents(coder, train, name, device, autocast, workers):
     partial, header = f"{name}.npy.part", io.BytesIO()
     side, views = train.size // coder.factor, 1 + train.flip
     kind = np.dtype([("moments", "<f2", (views, 2, coder.z_channels, side, side)),     # mean, log-variance
-                     ("words", "<i2", (data.WORDS,))])
+                     ("words", "<i2", (WORDS,))])
     np.lib.format.write_array_header_1_0(header, {
         "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(train),)})
     block, head, row = min(len(train), 4 * at_once(device, train.size)), len(header.getvalue()), kind.itemsize
@@ -401,8 +450,7 @@ def write_latents(coder, train, name, device, autocast, workers):
         file.write(b"" if done else header.getvalue())
     firsts, began = range(data.from_first(done), len(train), block * data.WORLD), time.perf_counter()
     plan = (torch.arange(block).add(first + data.RANK * block).clamp(max=len(train) - 1) for first in firsts)
-    train.captioned = True
-    for first, (pixels, words) in zip(firsts, data.feed(train, plan, device, workers)):
+    for first, (pixels, words) in zip(firsts, data.feed(Captions(train), plan, device, workers)):
         moments, words = data.gather(encode(coder, pixels, views, autocast)), data.gather(words)
         if file:
             records = np.empty(min(len(moments), len(train) - first), kind)
@@ -426,7 +474,8 @@ def write_latents(coder, train, name, device, autocast, workers):
 def precompute(coder, train, folder, device, autocast, workers):
     """The file of latents in `folder`, made if it is not there -> its name and the scale, its name's end. It
     begins with a hash of VAE, dataset and size: other latents are never found."""
-    digest = hashlib.sha256(f"{train.identity()} {train.size}".encode())
+    some = [Captions(train).caption(row) for row in range(0, len(train), -(-len(train) // 100))]
+    digest = hashlib.sha256(f"{train.identity()} {train.size} {some}".encode(errors="surrogateescape"))
     for key, tensor in coder.state_dict().items():
         digest.update(key.encode() + tensor.cpu().numpy().tobytes())
     name = f"{folder}/latents_{digest.hexdigest()[:12]}"
@@ -461,7 +510,7 @@ def update_ema(ema, model, decay, step, every=1):
 def one_latent(cfg):
     """A forward and backward pass, for `vae.report`."""
     x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
-    y = torch.zeros(1, data.WORDS) if cfg.condition == "text" else t
+    y = torch.zeros(1, WORDS) if cfg.condition == "text" else t
     diffusion_loss(build(cfg), cfg.objective, x, x, t, y.long()).mean().backward()
 
 def start_noise(rows, shape, seed):
@@ -550,7 +599,7 @@ def main(argv=None):
     # latents
     if cfg.bench:
         moments = torch.randn(256, 2, *shape, dtype=torch.float16)
-        y = np.ones((256, data.WORDS), int) if text else range(256)
+        y = np.ones((256, WORDS), int) if text else range(256)
         latents, scale = data.Images(range(1000), y, cfg.side, moments), 1.0
         cfg.classes, cfg.max_steps, cfg.log_every = latents.classes, 20, 1
     else:
@@ -562,7 +611,7 @@ def main(argv=None):
             coder.encode = torch.compile(coder.encode, dynamic=False)   # chooses channels-last by itself
         file, scale = precompute(coder, train, folder, device, autocast, cfg.workers)
         latents, cfg.classes = Latents(file, train.labels, text), train.classes
-        cfg.prompts = [val.caption(row) for row in range(min(1000, len(val)) if text else 0)]
+        cfg.prompts = [Captions(val).caption(row) for row in range(min(1000, len(val)) if text else 0)]
     scale = cfg.scale or vars(coder_cfg).get("scale") or scale
     shift, null = cfg.shift or vars(coder_cfg).get("shift", 0.0), 0 if text else len(cfg.classes)
 
@@ -595,7 +644,7 @@ def main(argv=None):
     def picture(step):
         shown = min(10, len(cfg.prompts) if text else null)
         y = torch.arange(cfg.samples) % shown
-        y = (data.tokens(cfg.prompts)[y] if text else y * (null // shown)).to(device)
+        y = (tokens(cfg.prompts)[y] if text else y * (null // shown)).to(device)
         x = start_noise(range(len(y)), shape, cfg.seed).to(device)
         ema.to(device)                                          # into the memory of the gradients, none now
         with autocast:
@@ -609,8 +658,7 @@ def main(argv=None):
     batches = data.feed(latents, plan, device, cfg.workers)
     for step in range(start, cfg.max_steps):
         # learning rate
-        warm = min(1, (step + 1) / max(1, cfg.lr_warmup))
-        lr = warm * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
+        lr = min(1, (step + 1) / max(1, cfg.lr_warmup)) * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
         opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = lr, min(lr, WORDS_LR)
 
         # micro-steps

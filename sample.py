@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torchvision.models import ResNet50_Weights
 
-import data, diffusion, vae
+import data, diffusion
 
 # ------------------------------------------------------------------------------------------------------------
 OUT = ""                    # the run's folder; empty: that of the newest out/*/diffusion.pt
@@ -79,15 +79,15 @@ def main(argv=None):
     if text:
         null, chosen = 0, [*cfg.prompt, *(run.classes[k] for k in chosen)]
     for prompt in cfg.prompt:
-        if not text or not 0 < len(data.words_of(prompt)) <= data.WORDS:
-            raise SystemExit(f"error: --prompt {prompt!r}: 1 to {data.WORDS} words, for --condition text")
+        if not text or not 0 < len(diffusion.words_of(prompt)) <= diffusion.WORDS:
+            raise SystemExit(f"error: --prompt {prompt!r}: 1 to {diffusion.WORDS} words, of a run with text")
     asked, some = bool(chosen), slice(10) if text else slice(None, None, -(-null // 10))
     every = run.prompts if text else list(range(null))
     chosen = chosen or every[some if as_grid else slice(None)]
     count = cfg.count or 8 * len(chosen)
     spread = [i * len(chosen) // count if count < len(chosen) else i % len(chosen) for i in range(count)]
     labels = torch.tensor(range(len(chosen)) if text else chosen)[spread]
-    y = data.tokens(chosen)[labels] if text else labels
+    y = diffusion.tokens(chosen)[labels] if text else labels
     shape = run.z_channels, run.side, run.side
 
     # into which files; a folder of images drawn with the same settings is gone on with
@@ -134,7 +134,7 @@ def main(argv=None):
                     pixels[frame, first:first + len(drawn)] = drawn
             if cfg.png and first_process:
                 names = [f"{cfg.png}/{i:06d}.png" for i in todo[first:first + len(drawn)]]
-                written += [pool.submit(vae.write_png, name, image) for name, image in zip(names, drawn)]
+                written += [pool.submit(data.write_png, name, image) for name, image in zip(names, drawn)]
             done = min(first + batch * data.WORLD, len(todo))
             rate = done / (time.perf_counter() - began)
             data.say(f"{done:,}/{len(todo):,} images  {rate:.1f} images/s", done == len(todo))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VGG16_Weights, vgg16
@@ -324,7 +323,7 @@ class Perceptual(nn.Module):
 
 def micro_step(vae, disc, perceptual, x, noise, weights, cfg, steps, autocast):
     """Add both players' gradients on images x [b, 3, s, s], 1/steps of each -> losses' names and values [n].
-    The discriminator sees a detached reconstruction, and is frozen in the VAE's pass: neither moves both."""
+    The discriminator sees a detached reconstruction, and is frozen in the VAE's pass: no loss moves both."""
     with autocast:
         recon, mean, logvar, *codes = vae(x, noise)
         logits, features = disc(torch.cat([x, recon.detach()]))
@@ -333,13 +332,11 @@ def micro_step(vae, disc, perceptual, x, noise, weights, cfg, steps, autocast):
     (disc_loss / steps).backward()
     disc.requires_grad_(False)
     with autocast:
-        fake_logits, fake_features = disc(recon)
-        rate = {} if codes else {"kl": kl_loss(mean, logvar)}
-        if cfg.bottleneck == "vq":
-            rate = {"vq": vq_loss(mean, *codes)}
-        terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), **rate,
-                 "adv": generator_loss(fake_logits, cfg.gan_loss),
-                 "fm": feature_loss(fake_features, [f[:len(x)].detach() for f in features])}
+        logits, fakes = disc(recon)
+        terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), "adv": generator_loss(logits, cfg.gan_loss),
+                 "fm": feature_loss(fakes, [f[:len(x)].detach() for f in features])}
+        if cfg.bottleneck != "fsq":
+            terms[cfg.bottleneck] = vq_loss(mean, *codes) if codes else kl_loss(mean, logvar)
         if perceptual:
             terms["perceptual"] = perceptual(recon, x)
         loss = sum(weights[name] * value for name, value in terms.items())
@@ -536,11 +533,6 @@ def ssim(a, b):
     products = (2 * mean_a * mean_b + c1) * (2 * (local(a * b) - mean_a * mean_b) + c2)
     return (products / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
 
-def write_png(path, image):
-    """An image uint8 [3, h, w]; renamed into place, so that what has its name is whole."""
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{path}.part", "png")
-    os.replace(f"{path}.part", path)
-
 @torch.no_grad()
 def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
     """Validation figures of reconstructions from the mean; the first 8 go to recon_<step>.png."""
@@ -569,7 +561,7 @@ def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
             data.replace_file(f"{cfg.out}/recon_{step:06d}.png", lambda f: picture.save(f, "png"))
         for row, *pair in zip(mine[k].tolist(), pixels.cpu(), drawn.cpu()) if cfg.png else ():
             for name, image in zip(("real", "recon"), pair):
-                write_png(f"{cfg.png}/{name}/{row:06d}.png", image)
+                data.write_png(f"{cfg.png}/{name}/{row:06d}.png", image)
     figures = dict(zip(names, (data.total(sums) / len(rows)).tolist()))
     figures["z_std"] = math.sqrt(figures["z_std"] - figures["z_mean"] ** 2)
     if vae.codes:
@@ -606,10 +598,8 @@ def main(argv=None):
     device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
     batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
-    if cfg.size % factor:
-        raise SystemExit(f"error: --size {cfg.size} is no multiple of {factor}, by which --widths downsample")
-    if cfg.bottleneck == "vq" and cfg.z_channels % cfg.code_width:
-        raise SystemExit(f"error: {cfg.z_channels} --z-channels are no multiple of --code-width")
+    if cfg.size % factor or (cfg.bottleneck == "vq" and cfg.z_channels % cfg.code_width):
+        raise SystemExit(f"error: --size must be a multiple of {factor}, and --z-channels of --code-width")
 
     # images
     if cfg.bench:
