@@ -120,7 +120,8 @@ class Images:
                 self.bad[row] = same[(same.index(row) + 1) % len(same)]
                 print(f"unreadable image {file} ({error!r:.150}): the next stands in", file=sys.stderr)
         if len(self.bad) > MAX_BAD * len(self):
-            raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, like {file}")
+            raise SystemExit(f"error: {len(self.bad)} of {len(self):,} images cannot be read, like {file}: "
+                             f"repair or remove them")
         return self.read(self.bad[row])
     def identity(self):
         """A hash of what a copy keeps: class and file names, and the contents of a hundred images."""
@@ -446,7 +447,7 @@ def restore(parts, state):
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise SystemExit(f"error: the {name} there does not fit: {str(error).split(chr(10))[-1].strip()}")
+            raise SystemExit(f"error: the {name} there does not fit: {str(error).splitlines()[-1].strip()}")
 
 def folder_of(dataset):
     return os.path.join("out", os.path.basename(os.path.abspath(dataset)))

@@ -7,8 +7,7 @@
 Writes out/<data>/: vae.pt, vae.csv (every loss and its share) and recon_*.png (images above, reconstructions
 below). On two CPU cores the default takes 119 seconds and ends at a val_psnr of 33 to 34 dB.
 """
-import argparse, contextlib, functools, json, math, os, pathlib, re, sys, time, timeit
-from collections import OrderedDict
+import argparse, collections, contextlib, functools, json, math, os, pathlib, re, sys, time, timeit
 
 import numpy as np
 import torch
@@ -27,10 +26,10 @@ DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
 PRESET = ""                 # one of shapes, cifar10, cifar10-small, imagenet; the row below, empty: by --data
 SIZE = 32                   # from 1; pixels a side
 OUT = ""                    # the run's folder; empty: out/<data>
-MAX_STEPS = 1600            # from 1; updates of the VAE, and of the discriminator
+MAX_STEPS = 1800            # from 1; updates of the VAE, and of the discriminator
 BATCH_SIZE = 8              # from 1; images per micro-step, over all processes
 ACCUM = 1                   # from 1; micro-steps per update
-EVAL_EVERY = 800            # from 1; updates between validations, pictures and checkpoints
+EVAL_EVERY = 900            # from 1; updates between validations, pictures and checkpoints
 EVAL_IMAGES = 1000          # from 1; validation images used, the same ones each time
 LOG_EVERY = 10              # from 1; updates between rows of the log
 SEED = 0                    # from 0; of the weights, the order of the images and all noise
@@ -41,7 +40,7 @@ TRAIN_ONLY = ""             # one of decoder; leave the rest of the VAE, and so 
 # model
 WIDTHS = (32, 64, 64)       # from 1; channels at each resolution, one halving between neighbours
 BLOCKS = 1                  # from 1; residual blocks at each resolution (the decoder has one more)
-Z_CHANNELS = 4              # from 1; of the latent
+Z_CHANNELS = 6              # from 1; of the latent
 ATTENTION = False           # self-attention at the lowest resolution
 BOTTLENECK = "kl"           # one of kl, vq, fsq; noise and a KL loss, or codes: see the section below the VAE
 CODES = 512                 # from 2; vq: codes in the book
@@ -79,19 +78,19 @@ PRESETS = {"shapes": {},
     "cifar10": dict(SIZE=64, MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256),
                     BLOCKS=2, Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=2e-2,
                     LR=8e-4, DISC_LR=2.4e-3, DISC_LR_MIN=1e-6, COMPILE=None),
-    "cifar10-small": dict(SIZE=64, MAX_STEPS=2400, BATCH_SIZE=16, L1_WEIGHT=0.8, KL_WEIGHT=2e-2, LR=8e-4),
+    "cifar10-small": dict(SIZE=64, MAX_STEPS=2400, BATCH_SIZE=16, EVAL_EVERY=800, Z_CHANNELS=4, L1_WEIGHT=0.8,
+                          KL_WEIGHT=2e-2, LR=8e-4),
     "imagenet": dict(SIZE=256, MAX_STEPS=130_110, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512),
                      BLOCKS=2, Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=1e-2,
                      LR=1e-4, DISC_LR=3e-4, COMPILE=None),
 }
 BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
-SPIKE = 1000.0              # an update whose gradient norm is above this is skipped
-RESTART = 100               # updates after which a code that was not taken starts again
+SPIKE, RESTART = 1000.0, 100        # a gradient norm to skip; updates until an idle code starts again
 AMX = torch.cpu._is_amx_tile_supported()        # a CPU with matrix units
 
 # ---- layers, named as in diffusers' AutoencoderKL: its state dicts are ours --------------------------------
 def named(**layers):
-    return nn.Sequential(OrderedDict(layers))
+    return nn.Sequential(collections.OrderedDict(layers))
 def norm(channels, groups):
     return nn.GroupNorm(groups, channels, eps=1e-6)
 def groups_for(*widths):
@@ -172,10 +171,9 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 class VAE(nn.Module):
-    """KL autoencoder of the published KL-f8 shape: [b, 3, s, s] in [-1, 1] <-> [b, z_channels, s/f, s/f],
-    f = 2 ** (len(widths) - 1). `codes`, a VQ or FSQ, takes the place of noise and KL. Layers start by keeping
-    the variance of what they get, but for zeros at the end of residual blocks, not of the two halves: the
-    decoder would learn to ignore the latent."""
+    """KL autoencoder of the published KL-f8 shape: [b, 3, s, s] in [-1, 1] <-> [b, z_channels, s/f, s/f].
+    `codes`, a VQ or FSQ, takes the place of noise and KL. Layers start by keeping variance, residual blocks
+    as their shortcuts; the two halves do not end at zero: the decoder would learn to ignore the latent."""
     def __init__(self, widths, blocks=2, z_channels=4, attention=True, groups=0, quant=True, codes=None):
         super().__init__()
         self.factor, self.z_channels, self.codes = 2 ** (len(widths) - 1), z_channels, codes
@@ -221,12 +219,11 @@ class VAE(nn.Module):
 
 # ---- codebooks: --bottleneck vq, fsq. The denoiser learns what `encode` gives; `decode` takes the codes ----
 class VQ(nn.Module):
-    """Vector quantisation (van den Oord et al. 2017): latents [b, c, h, w] -> the nearest codes, as many a
-    place as c holds of their width. `counts`: how often each was taken; `idle`: updates since the last."""
+    """Vector quantisation (van den Oord et al. 2017): [b, c, h, w] -> nearest codes, c / width a place."""
     def __init__(self, codes, width):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(codes, width))
-        self.register_buffer("idle", torch.zeros(codes))
+        self.register_buffer("idle", torch.zeros(codes))                        # updates since it was taken
         self.register_buffer("counts", torch.zeros(1, codes, dtype=torch.long), persistent=False)
     def forward(self, z):
         places = z.unflatten(1, (-1, self.codebook.shape[1])).movedim(2, -1)    # [b, c / width, h, w, width]
@@ -267,11 +264,10 @@ def usage(counts):
 # ---- the discriminator -------------------------------------------------------------------------------------
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): images [b, 3, s, s] -> a map of logits and the features of every layer.
-    As many strided convolutions as keep a logit's receptive field (18, 38, 78 pixels for 2, 3, 4) below the
-    image. GroupNorm, because batch statistics break under accumulation."""
+    A logit sees less than the image. GroupNorm, because batch statistics break under accumulation."""
     def __init__(self, size, width=64):
         super().__init__()
-        depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)
+        depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)         # 18, 38, 78 pixels
         self.layers, c_in = nn.ModuleList(), 3
         for c in [width * 2 ** i for i in range(depth)]:
             normed = norm(c, math.gcd(c, min(32, c // 4))) if self.layers else nn.Identity()
@@ -374,8 +370,7 @@ class Log:
         self.columns, self.seconds, self.file, self.skipped, self.streak = [], [], None, 0, 0
         if path and data.RANK == 0:
             self.file = open(path, "ab+")
-            data.lock(self.file)
-            self.file.seek(0)
+            data.lock(self.file), self.file.seek(0)
             head, *rows = (self.file.readlines() if step else []) or [b""]
             kept = [row for row in rows if re.match(rb"\d+,.*\n", row) and int(row.split(b",")[0]) <= step]
             self.columns = head.decode().split()[0].split(",") if head else []
@@ -502,12 +497,11 @@ def export(cfg, weights, run):
              **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), "quant_conv.bias" in weights)}
     os.makedirs(cfg.export)
     pathlib.Path(cfg.export, "config.json").write_text(json.dumps(about, indent=2))
-    file = f"{cfg.export}/diffusion_pytorch_model"
     try:
         from safetensors.torch import save_file
-        save_file(dict(weights), f"{file}.safetensors")
+        save_file(dict(weights), f"{cfg.export}/diffusion_pytorch_model.safetensors")
     except ImportError:
-        torch.save(dict(weights), f"{file}.bin")
+        torch.save(dict(weights), f"{cfg.export}/diffusion_pytorch_model.bin")
     print(f"{cfg.export}: config.json and weights")
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -589,12 +583,11 @@ def main(argv=None):
     given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
     if {"eval", "png", "export"} & given.keys():
         return assess(given)
-    out = given.get("out") or data.folder_of(given.get("data", DATA))
+    out = given.setdefault("out", data.folder_of(given.get("data", DATA)))
     state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
     init = open_vae(given["init"]) if "init" in given and not state else None
     shape = {"config": {k: v for k, v in init["config"].items() if k in SHAPE}} if init else None
     cfg = data.settings(globals(), given, given.get("data", DATA), state or shape)
-    cfg.out = out
     device, autocast = data.start(cfg)
     micro, steps = data.share(cfg, world)
     batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
@@ -632,9 +625,8 @@ def main(argv=None):
     if cfg.grad_checkpoint:
         recompute(vae, ResBlock)
     if cfg.compile:
-        # in place: the weights keep their names. Channels-last is faster: on an H100 111, else 98 images/s
-        how = dict(dynamic=False, options={"force_layout_optimization": device.type == "cuda"})
-        vae.compile(**how), disc.compile(**how)
+        layout = {"force_layout_optimization": device.type == "cuda"}       # on an H100 111, else 98 images/s
+        vae.compile(dynamic=False, options=layout), disc.compile(dynamic=False, options=layout)     # in place
 
     log = Log("" if cfg.bench else f"{out}/vae.csv", start, cfg.max_steps)
     if not cfg.bench:
@@ -692,8 +684,7 @@ def main(argv=None):
             data.leave(stop, f"saved at step {step:,}; go on with --resume")
     if cfg.bench:
         return report(log.seconds, batch, one_image, cfg, device)
-    figures = {name: value for name, value in log.values.items() if name.startswith(("val_", "z_"))}
-    print(f"{out}/vae.pt: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    print(f"{out}/vae.pt: " + ", ".join(f"{k} {v:.4g}" for k, v in log.values.items() if "val_" in k))
 
 if __name__ == "__main__":
     data.guard(main)
