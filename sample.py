@@ -119,7 +119,8 @@ def main(argv=None):
         coder.decode = torch.compile(coder.decode, dynamic=False)
     kept = count if first_process and (as_grid or cfg.npz or cfg.gif) else 0
     pixels = torch.empty(frames, kept, 3, run.size, run.size, dtype=torch.uint8)
-    batch, began, written = min(cfg.batch_size, count), time.perf_counter(), []
+    rounds = -(-len(todo) // (cfg.batch_size * data.WORLD))             # of equal batches, as few as it takes
+    batch, began, written = -(-len(todo) // max(1, rounds * data.WORLD)) or 1, time.perf_counter(), []
     with data.threads(os.cpu_count()) as pool:
         for first in range(0, len(todo), batch * data.WORLD):
             places = torch.arange(batch).add(first + data.RANK * batch).clamp(max=len(todo) - 1)
