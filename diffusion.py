@@ -74,8 +74,8 @@ PRESETS = {"shapes": {},
     "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2,
                     DIT="S/2", OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0,
                     SAMPLE_STEPS=50, COMPILE=None),
-    "cifar10-small": dict(MAX_STEPS=8000, BATCH_SIZE=32, EVAL_EVERY=2000, WIDTHS=(128, 128), OBJECTIVE="v",
-                          LR=1e-3, LR_WARMUP=200, EMA=0.999, SAMPLE_STEPS=50),
+    "cifar10-small": dict(MAX_STEPS=24_000, BATCH_SIZE=32, EVAL_EVERY=4000, WIDTHS=(128, 128), LR=1e-3,
+                          LR_WARMUP=200, EMA=0.999, CFG=3.0, SAMPLE_STEPS=50),
     "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=64, ACCUM=4, EVAL_EVERY=5000, MODEL="dit",
                      WIDTHS=(192, 384, 384), BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0,
                      EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50, SAMPLES=20, COMPILE=None),
@@ -261,8 +261,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, words, there):
         q = self.to_q(self.norm(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.to_kv(words).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=there)          # [b, heads, n, c / heads]
-        return x + self.to_out(out.transpose(1, 2).flatten(2))
+        return x + self.to_out(attend(q, k, v, there).transpose(1, 2).flatten(2))
 
 # ---- the UNet ----------------------------------------------------------------------------------------------
 class CondBlock(ResBlock):
@@ -391,7 +390,6 @@ def build(config):
     return UNet(*shape, config.widths, config.blocks, config.attention_at, text)
 
 # ---- latents -----------------------------------------------------------------------------------------------
-
 class Latents:
     """A file of records: latents[rows] is float16 [n, 2, c, h, w] and classes int64 [n], every view a row of
     its own. Or ids int64 [n, WORDS] if `text`, without mirror images: words may speak of left and right."""
@@ -497,6 +495,8 @@ def draw(cfg, step, batch, device):
     t = (offset[0] + torch.arange(batch, device=device) / batch) % 1    # evenly spread (Kingma et al. 2021)
     if cfg.times == "logit-normal":                                     # Esser et al. 2024
         t = (math.sqrt(2) * torch.erfinv((2 * t - 1).clamp(-0.999998, 0.999998))).sigmoid()
+    if cfg.condition == "text":         # odds of noise doubled (Esser et al., eq. 23): it decides the places
+        t = 2 * t / (1 + t)
     if cfg.objective == "ddpm":                                         # steps 1 to 1000
         t = (t * 1000).floor().add(1).clamp(max=1000) / 1000
     return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout
@@ -703,8 +703,7 @@ def main(argv=None):
     if cfg.bench:
         return vae.report(log.seconds, batch, one_latent, cfg, device)
     size = os.path.getsize(f"{out}/diffusion.pt") / 1e6
-    pictures = f", samples_{cfg.max_steps:06d}.png" if cfg.samples else ""
-    print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE{pictures}")
+    print(f"{out}/diffusion.pt, {size:,.0f} MB with the VAE")
 
 if __name__ == "__main__":
     data.guard(main)

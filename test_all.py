@@ -396,14 +396,17 @@ def test_guidance_acts_within_its_interval():
     assert calls == [2, 2, 2, 4, 4, 4, 4, 4, 2, 2]      # both halves in one batch; elsewhere no null half
 
 def test_random_draws():
-    cfg = Namespace(seed=0, z_channels=4, side=4, objective="flow", times="uniform", label_dropout=0.1)
+    cfg = Namespace(seed=0, z_channels=4, side=4, objective="flow", times="uniform", label_dropout=0.1,
+                    condition="class")
     draw = lambda step: diffusion.draw(cfg, step, 20_000, "cpu")
     z, e, t, dropped = draw(3)
     assert abs(dropped.float().mean() - 0.1) < 0.01 and abs((z * e).mean()) < 0.01
     assert abs(t.sort().values - torch.linspace(0, 1, 20_000)).max() < 1e-3
     assert torch.equal(t, draw(3)[2]) and not torch.equal(e, draw(4)[1])
     cfg.times = "logit-normal"
-    assert [f(draw(3)[2].logit()).item() for f in (torch.mean, torch.std)] == approx([0, 1], abs=0.02)
+    for cfg.condition, shift in (("class", 0), ("text", np.log(2))):
+        logit = draw(3)[2].logit()
+        assert [logit.mean().item(), logit.std().item()] == approx([shift, 1], abs=0.02)
 
 @pytest.mark.parametrize("name, size, gflops", [("S/2", 32_963_360, 6.06), ("B/2", 130_512_416, 23.01),
                                                 ("XL/2", 675_129_632, 118.64)])
@@ -1103,7 +1106,7 @@ def test_settings_in_four_layers(capsys):
     assert [shares(8, 16, 8), shares(128, 1, 2), shares(8, 3, 2)] == [(8, 2), (64, 1), (6, 2)]
     assert "129" in stopped(shares, 128, 1, 3)
 
-def test_samples_and_class_names(trained, capsys):
+def test_samples_and_class_names(trained, capsys, monkeypatch):
     flags = f"--count 5 --class cross 2 --no-bf16 --out {trained}"
     run(sample, flags, "--npz a.npz --png png"), run(sample, flags)
     run(sample, flags, "--npz deep/b.npz --batch-size 2 --gif x.gif")
@@ -1121,6 +1124,9 @@ def test_samples_and_class_names(trained, capsys):
     for k, flag in enumerate(("--seed 1", "--cfg 1", "--steps 7", "--sampler heun", "--interval 0.4 0.6")):
         run(sample, flags, flag, f"--npz {k}.npz")
         assert not np.array_equal(a["arr_0"], np.load(f"{k}.npz")["arr_0"]), flag
+    monkeypatch.setattr(diffusion, "sample", Mock(wraps=diffusion.sample))
+    run(sample, flags, "--batch-size 4 --npz even.npz")
+    assert [len(call.args[2]) for call in diffusion.sample.call_args_list] == [3, 3]
     run(sample, "--count 2 --npz few.npz --out", trained)
     assert np.load("few.npz")["arr_1"].tolist() == [0, 1]               # fewer images than classes
     wnids = ["n01440764"] + [f"n{i}" for i in range(2000, 2999)]
