@@ -286,6 +286,9 @@ def test_levers_of_the_cpu_change_nothing(monkeypatch):
             monkeypatch.setattr(vae, "AMX", amx)
             assert_close(model.encode(x), want)
         assert model.through(model.encoder[:2], x).is_contiguous(memory_format=torch.channels_last)
+    q, mask = torch.randn(3, 4, 5, 8), torch.rand(3, 1, 1, 5) < 0.6
+    mask[..., 0] = True
+    assert_close(vae.attend(q, q, q, mask), F.scaled_dot_product_attention(q, q, q, mask))
     if sys.platform == "linux":                                         # freed memory is kept
         data.start(Namespace(device="cpu", bf16=False, compile=False))
         faults = lambda: (torch.ones(2 ** 24), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1]
