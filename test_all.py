@@ -635,7 +635,7 @@ def test_kill_9_at_any_moment():
             assert_close(weights(made), weights(f"whole/{made.name}"), rtol=0, atol=0)
             steps = columns(made.with_suffix(".csv"))["step"]   # between saving and logging a row may be lost
             assert steps == sorted({*steps, *range(1, 25, 2)})
-        assert latents_in("out/images") == latents and not list(out.glob("*.pt.part"))     # of a picture, perhaps
+        assert latents_in("out/images") == latents and not list(out.glob("*.pt.part"))
 
 def test_a_process_that_dies_or_fails_ends_the_run(own):
     """One is killed; another cannot read row 19, which the first never meets: a block is sixteen."""
