@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 8 sample.py --count 50000 --png samples
     python sample.py --weights DiT-XL-2-256x256.pt --objective ddpm --vae VAE_FILE --class 207 --cfg 4
 
-Uses the averaged weights and decodes in float32. Image i starts from noise seeded by (seed, i) alone:
+Uses the averaged weights and decodes in float32. The noise of image i is seeded by (seed, i) alone:
 it depends neither on the batch nor on the number of processes.
 """
 import argparse, os, pathlib, re, time, zlib
@@ -31,6 +31,7 @@ PROMPT = ()                 # captions, of a run with --condition text; empty: t
 COUNT = 0                   # from 0; images, spread evenly over the classes, 0: 8 of each
 CFG = -1.0                  # from -1; guidance scale, 1: none, below 0: as in the run's pictures
 STEPS = 0                   # from 0; sampler steps, 0: as in the run's pictures
+CHURN = -1.0                # from -1; noise drawn anew in a step, below 0: as in the run's pictures
 SAMPLER = "euler"           # one of euler, heun; euler is DDIM on the cosine path, heun twice the work a step
 INTERVAL = (0.0, 1.0)       # from 0 to 1; guide only while t, from 1 (noise) to 0 (data), lies within
 SEED = 0                    # from 0; image i is a function of (seed, i)
@@ -68,13 +69,14 @@ def main(argv=None):
     scale, shift = cfg.scale or state["scale"], cfg.shift or state["shift"]
     if not scale:
         raise SystemExit(f"error: no config.json beside {cfg.vae} says the latents' scale: give --scale")
-    print(f"taking {file}: {run.model}, {run.objective}, of {run.data}, {state['step']:,} updates")
+    print(f"taking {file}: {run.model}, {run.objective}, {run.data}, {state['step']:,} updates")
 
     # what to draw
     if cfg.interval[0] > cfg.interval[1]:
         raise SystemExit("error: --interval takes the lower bound first")
     text, null, as_grid = run.condition == "text", len(run.classes), not (cfg.png or cfg.npz)
     guidance, steps = run.cfg if cfg.cfg < 0 else cfg.cfg, cfg.steps or run.sample_steps
+    churn = run.churn if cfg.churn < 0 else cfg.churn
     chosen = [find_class(word, run.classes) for word in getattr(cfg, "class")]
     if text:
         null, chosen = 0, [*cfg.prompt, *(run.classes[k] for k in chosen)]
@@ -93,6 +95,7 @@ def main(argv=None):
     # into which files; a folder of images drawn with the same settings is gone on with
     tag = f"cfg{guidance:g}_{cfg.sampler}{steps}_seed{cfg.seed}"
     tag += "_interval{:g}-{:g}".format(*cfg.interval) if cfg.interval != INTERVAL else ""
+    tag += f"_churn{churn:g}" if churn != run.churn else ""
     tag += f"_count{count}" if cfg.count else ""
     name = re.sub(r"\W+", "-", "-".join(map(str, chosen))) if asked else "all"
     name = name if len(name) <= 60 else f"{name[:51]}-{zlib.crc32(name.encode()):08x}"
@@ -125,10 +128,10 @@ def main(argv=None):
         for first in range(0, len(todo), batch * data.WORLD):
             places = torch.arange(batch).add(first + data.RANK * batch).clamp(max=len(todo) - 1)
             rows = torch.tensor(todo)[places]
-            x = diffusion.start_noise(rows.tolist(), shape, cfg.seed).to(device)
+            noise = diffusion.noise_of(rows.tolist(), shape, cfg.seed, device)
             with autocast:
-                states = [x, *diffusion.sample(model, run.objective, x, y[rows].to(device), null, steps,
-                                               guidance, cfg.sampler, cfg.interval)]
+                states = [*diffusion.sample(model, run.objective, noise, y[rows].to(device), null, steps,
+                                            guidance, cfg.sampler, cfg.interval, churn)]
             for frame, z in enumerate(states[-frames:]):
                 drawn = data.gather(diffusion.decode(coder, z, scale, shift))[:len(todo) - first]
                 if kept:
@@ -156,7 +159,7 @@ def main(argv=None):
                                                            duration=times, loop=0))
     made = ", ".join(filter(None, (cfg.png, cfg.npz, as_grid and grid_file, cfg.gif)))
     names = ", ".join(chosen[:10] if text else (run.classes[k] for k in chosen[:10]))
-    print(f"{names}, cfg {guidance:g}, {steps} {cfg.sampler} steps: {made}")
+    print(f"{names}, cfg {guidance:g}, {steps} {cfg.sampler} steps, churn {churn:g}: {made}")
 
 if __name__ == "__main__":
     data.guard(main)

@@ -382,20 +382,37 @@ def test_sampler(objective):
         e = (x - a * x0) / b.clamp_min(1e-4)
         return e if objective == "eps" else da * x0 + db * e
     noise, y = torch.randn(500, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(500).long()
-    draw = lambda n, how, steps: [*diffusion.sample(model, objective, noise[:n], y, 10, steps, 1, how)][-1]
+    def draw(n, how, steps, churn=0):                   # from the same noise, then from new
+        source = itertools.chain([noise[:n]], (torch.randn(n, 4, 4, 4) for _ in itertools.count()))
+        *_, x = diffusion.sample(model, objective, source.__next__, y, 10, steps, 1, how, churn=churn)
+        return x
     mu, sigma = torch.randn(4, 4, 4), 0
-    for sampler, steps in itertools.product(("euler", "heun"), (1, 7)):
-        assert_close(draw(3, sampler, steps), mu.expand(3, 4, 4, 4), rtol=1e-3, atol=1e-3)
+    for sampler, steps, churn in itertools.product(("euler", "heun"), (1, 7), (0, 1, 2.5)):
+        assert_close(draw(3, sampler, steps, churn), mu.expand(3, 4, 4, 4), rtol=1e-3, atol=1e-3)
     mu, sigma = 1.5, 0.4
-    many, few, heun = (draw(500, *how) for how in (("euler", 100), ("euler", 20), ("heun", 20)))
-    assert max(abs(x.mean() - mu) for x in (many, few, heun)) < 0.05
-    many, few, heun = (abs(x.std() - sigma) for x in (many, few, heun))
-    assert many < 0.015 and heun < few / 2 + 1e-3
+    hows = (("euler", 100), ("euler", 20), ("heun", 20), ("euler", 200, 1), ("euler", 200, 2))
+    many, few, heun, *churned = (draw(500, *how) for how in hows)
+    assert max(abs(x.mean() - mu) for x in (many, few, heun, *churned)) < 0.05
+    many, few, heun, *churned = (abs(x.std() - sigma) for x in (many, few, heun, *churned))
+    assert many < 0.015 and heun < few / 2 + 1e-3 and max(churned) < 0.03
+
+def test_churn_of_one_is_ancestral_sampling():
+    """A step draws from the posterior q(x_s | x_t, x0), eq. 6 and 7 of Ho et al. (2020)."""
+    x0, *noise = torch.randn(4, 2, 4, 4, 4)
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)).cumprod(0)
+    def model(x, t, y):                                 # knows x0, and counts steps from 0
+        k = kept[(1000 * t[0]).round().long()]
+        return (x - k ** 0.5 * x0) / (1 - k) ** 0.5
+    first, middle, _ = diffusion.sample(model, "ddpm", iter(noise).__next__, torch.zeros(2), 10, 2, churn=1)
+    k, k_s = kept[999], kept[499]
+    mean = (k_s ** 0.5 * (1 - k / k_s) * x0 + (k / k_s) ** 0.5 * (1 - k_s) * first) / (1 - k)
+    std = ((1 - k_s) / (1 - k) * (1 - k / k_s)) ** 0.5
+    assert_close(middle, (mean + std * noise[1]).float(), rtol=1e-4, atol=1e-4)
 
 def test_guidance_acts_within_its_interval():
     calls, x, y = [], torch.randn(2, 4, 2, 2), torch.zeros(2).long()
     model = lambda x, t, y: calls.append(len(x)) or x
-    list(diffusion.sample(model, "flow", x, y, 10, 10, cfg=5.0, interval=(0.25, 0.75)))
+    list(diffusion.sample(model, "flow", lambda: x, y, 10, 10, cfg=5.0, interval=(0.25, 0.75)))
     assert calls == [2, 2, 2, 4, 4, 4, 4, 4, 2, 2]      # both halves in one batch; elsewhere no null half
 
 def test_random_draws():
@@ -500,7 +517,8 @@ def values(module):
 def test_what_an_update_sees_and_a_picture_shows(trained, own, monkeypatch):
     """Labels dropped as drawn, latents of unit variance; pictures are of the averages and change nothing."""
     drawn, draw = [], diffusion.sample
-    monkeypatch.setattr(diffusion, "sample", lambda ema, *args: drawn.append(values(ema)) or draw(ema, *args))
+    spy = lambda ema, *args, **how: drawn.append(values(ema)) or draw(ema, *args, **how)
+    monkeypatch.setattr(diffusion, "sample", spy)
     run(diffusion, TINY_UNET, "--eval-every 2")
     assert_same("diffusion", own, trained, exact=True)
     loaded, _, state = diffusion.load(own / "diffusion.pt")
@@ -595,7 +613,7 @@ def test_resume_is_exact(trained, own):
     run(diffusion, "--resume --out moved")
     assert_same("diffusion", "moved", trained, exact=True)
     run(sample, "--seed 3 --out", trained), run(sample, "--seed 3 --out moved")
-    a, b = (pixels_of(Path(out, "grid_all_cfg1.5_euler4_seed3.png")) for out in (trained, "moved"))
+    a, b = (pixels_of(Path(out, "grid_all_cfg1.2_euler4_seed3.png")) for out in (trained, "moved"))
     assert a.std() > 1 and np.array_equal(a, b)
 
 def test_several_processes_equal_one(trained, own):
@@ -611,7 +629,7 @@ def test_several_processes_equal_one(trained, own):
     finish(start(sample, flags, own, world=2))
     run(sample, flags, trained), run(sample, flags, trained, files("one"))
     def made(name, out):
-        grid = "grid_all_cfg1.5_euler4_seed5_count7.png"
+        grid = "grid_all_cfg1.2_euler4_seed5_count7.png"
         pictures = f"{name}.gif", *sorted(Path(name).glob("*.png")), out / "recon_000004.png", out / grid
         return [*np.load(f"{name}.npz").values(), *map(pixels_of, pictures)]
     for a, b in zip(made("one", trained), made("two", own), strict=True):
@@ -756,7 +774,7 @@ def test_on_a_gpu_nothing_strays_waits_or_alternates():
         assert diffusion.encode(coder, x.to(torch.uint8), 2, FLOAT32).device == cuda
         for model, how in itertools.product(players, ("euler", "heun")):
             diffusion.diffusion_loss(model, "flow", z, z, t, y)
-            *_, drawn = diffusion.sample(model, "flow", z, y, 10, 4, 3.0, how, (0.2, 0.8))
+            *_, drawn = diffusion.sample(model, "flow", lambda: z, y, 10, 4, 3.0, how, (0.2, 0.8), 1)
             assert diffusion.decode(coder, drawn, 1.0).device == cuda
     assert seen and all(seen)
 
@@ -892,7 +910,7 @@ def test_published_denoisers(objective, own):
             x0 = (want - (1 - kept[step]) ** 0.5 * e) / kept[step] ** 0.5
             want = kept[step - 20] ** 0.5 * x0 + (1 - kept[step - 20]) ** 0.5 * e
     again, *_ = diffusion.load("w.pt", "cpu", objective, f"{own}/vae.pt")
-    *_, got = diffusion.sample(again, objective, x, y, null, 50, 3.0)
+    *_, got = diffusion.sample(again, objective, lambda: x, y, null, 50, 3.0)
     assert_close(got, want, rtol=0, atol=2e-4 * want.std().item())
     flags = f"--weights w.pt --class 2 --scale 1.5 --out pictures --vae {own}/vae.pt"
     run(sample, flags, "--objective", objective)
@@ -1063,8 +1081,8 @@ def test_text_runs(own, monkeypatch):
     assert (labels.tolist(), zeros.tolist(), len(drawn(*how)[0])) == ([0, 1] * 8, [0] * 8, 8 * 20)
     assert torch.equal(by_class, by_prompt) and not torch.equal(both[::2], by_class)
     sample.main(["--out", "whole", "--prompt", "a cross/at the left"]), run(sample, "--out whole")
-    assert Path("whole/grid_a-cross-at-the-left_cfg1.5_euler4_seed0.png").exists()
-    assert Image.open("whole/grid_all_cfg1.5_euler4_seed0.png").size == (2 + 10 * 18, 2 + 8 * 18)
+    assert Path("whole/grid_a-cross-at-the-left_cfg1.2_euler4_seed0.png").exists()
+    assert Image.open("whole/grid_all_cfg1.2_euler4_seed0.png").size == (2 + 10 * 18, 2 + 8 * 18)
     for last in ("red", "blue"):                                # names that are cut do not meet
         sample.main(["--out", "whole", "--prompt", "word " * 20 + last])
     assert len(list(Path("whole").glob("grid_word*"))) == 2
@@ -1113,7 +1131,7 @@ def test_samples_and_class_names(trained, capsys, monkeypatch):
     flags = f"--count 5 --class cross 2 --no-bf16 --out {trained}"
     run(sample, flags, "--npz a.npz --png png"), run(sample, flags)
     run(sample, flags, "--npz deep/b.npz --batch-size 2 --gif x.gif")
-    a, b, grid = np.load("a.npz"), np.load("deep/b.npz"), trained / "grid_1-2_cfg1.5_euler4_seed0_count5.png"
+    a, b, grid = np.load("a.npz"), np.load("deep/b.npz"), trained / "grid_1-2_cfg1.2_euler4_seed0_count5.png"
     assert a["arr_1"].tolist() == [1, 2, 1, 2, 1] and Image.open("x.gif").n_frames == 5
     assert a["arr_0"].dtype == np.uint8 and np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     for same in (pixels_of("png/000003.png"), pixels_of(grid)[20:36, 20:36]):
@@ -1124,12 +1142,13 @@ def test_samples_and_class_names(trained, capsys, monkeypatch):
     run(sample, flags, "--png png")                                     # as after a kill: goes on
     assert "1/1 images" in capsys.readouterr().out
     assert np.array_equal(pixels_of("png/000002.png"), pixels_of("gone.png"))
-    for k, flag in enumerate(("--seed 1", "--cfg 1", "--steps 7", "--sampler heun", "--interval 0.4 0.6")):
+    others = "--seed 1", "--cfg 1", "--steps 7", "--sampler heun", "--churn 0", "--interval 0.4 0.6"
+    for k, flag in enumerate(others):
         run(sample, flags, flag, f"--npz {k}.npz")
         assert not np.array_equal(a["arr_0"], np.load(f"{k}.npz")["arr_0"]), flag
     monkeypatch.setattr(diffusion, "sample", Mock(wraps=diffusion.sample))
     run(sample, flags, "--batch-size 4 --npz even.npz")
-    assert [len(call.args[2]) for call in diffusion.sample.call_args_list] == [3, 3]
+    assert [len(call.args[3]) for call in diffusion.sample.call_args_list] == [3, 3]
     run(sample, "--count 2 --npz few.npz --out", trained)
     assert np.load("few.npz")["arr_1"].tolist() == [0, 1]               # fewer images than classes
     wnids = ["n01440764"] + [f"n{i}" for i in range(2000, 2999)]
