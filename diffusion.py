@@ -50,6 +50,7 @@ DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
 # loss
 OBJECTIVE = "flow"          # one of flow, v, eps, ddpm, sit; the last two are the published DiT's and SiT's
 TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
+TIMES_SHIFT = 0.0           # from 0; odds of t times this: noisy times decide; 0: 2 with words, else 1
 LABEL_DROPOUT = 0.1         # from 0 to 1; share of labels replaced by the null class, for guidance
 # optimiser
 LR = 2.2e-3                 # from 0; AdamW
@@ -76,7 +77,7 @@ PRESETS = {"shapes": {},
                     DIT="S/2", OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0,
                     SAMPLE_STEPS=50, CHURN=0.0, COMPILE=None),
     "cifar10-small": dict(MAX_STEPS=24_000, BATCH_SIZE=32, EVAL_EVERY=4000, WIDTHS=(128, 128), LR=1e-3,
-                          LR_WARMUP=200, EMA=0.999, CFG=3.0, SAMPLE_STEPS=50, CHURN=0.0),
+                          LR_WARMUP=200, EMA=0.999, CFG=3.0, SAMPLE_STEPS=50, CHURN=0.0, TIMES_SHIFT=2.0),
     "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=64, ACCUM=4, EVAL_EVERY=5000, MODEL="dit",
                      WIDTHS=(192, 384, 384), BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0,
                      EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50, CHURN=0.0, SAMPLES=20, COMPILE=None)}
@@ -295,8 +296,7 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
             if i:
-                self.down.append(downsample(c))
-                skips.append(c)
+                self.down.append(downsample(c)), skips.append(c)
             for _ in range(blocks):
                 self.down.append(CondBlock(c, width, groups, d, text, side >> i <= attention_at))
                 c = width
@@ -497,8 +497,8 @@ def draw(cfg, step, batch, device):
     t = (offset[0] + torch.arange(batch, device=device) / batch) % 1    # evenly spread (Kingma et al. 2021)
     if cfg.times == "logit-normal":                                     # Esser et al. 2024
         t = (math.sqrt(2) * torch.erfinv((2 * t - 1).clamp(-0.999998, 0.999998))).sigmoid()
-    if cfg.condition == "text":         # odds of noise doubled (Esser et al., eq. 23): it decides the places
-        t = 2 * t / (1 + t)
+    odds = cfg.times_shift or (2 if cfg.condition == "text" else 1)     # likewise, eq. 23
+    t = odds * t / (1 + (odds - 1) * t)
     if cfg.objective == "ddpm":                                         # steps 1 to 1000
         t = (t * 1000).floor().add(1).clamp(max=1000) / 1000
     return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout

@@ -417,16 +417,16 @@ def test_guidance_acts_within_its_interval():
 
 def test_random_draws():
     cfg = Namespace(seed=0, z_channels=4, side=4, objective="flow", times="uniform", label_dropout=0.1,
-                    condition="class")
+                    condition="class", times_shift=0.0)
     draw = lambda step: diffusion.draw(cfg, step, 20_000, "cpu")
     z, e, t, dropped = draw(3)
     assert abs(dropped.float().mean() - 0.1) < 0.01 and abs((z * e).mean()) < 0.01
     assert abs(t.sort().values - torch.linspace(0, 1, 20_000)).max() < 1e-3
     assert torch.equal(t, draw(3)[2]) and not torch.equal(e, draw(4)[1])
     cfg.times = "logit-normal"
-    for cfg.condition, shift in (("class", 0), ("text", np.log(2))):
+    for cfg.condition, cfg.times_shift, odds in ("class", 0, 1), ("text", 0, 2), ("text", 0.5, 0.5):
         logit = draw(3)[2].logit()
-        assert [logit.mean().item(), logit.std().item()] == approx([shift, 1], abs=0.02)
+        assert [logit.mean().item(), logit.std().item()] == approx([np.log(odds), 1], abs=0.02)
 
 @pytest.mark.parametrize("name, size, gflops", [("S/2", 32_963_360, 6.06), ("B/2", 130_512_416, 23.01),
                                                 ("XL/2", 675_129_632, 118.64)])
