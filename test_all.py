@@ -194,12 +194,13 @@ def test_images_are_read_and_cropped_as_the_published_results_do(monkeypatch):
     assert psnr(data.center_crop(data.read_image("x.png"), 64), by_pillow("x.png", 64)) > 50
 
 def test_folders(capsys):
-    """Sub-folders and upper-case endings are read, empty classes named, hidden and stray files left."""
+    """Sub-folders and upper-case endings are read, empty classes named, runs, hidden and stray files left."""
     for k, name in enumerate(("cat/a.png", "cat/deep/er/B.JPG", "dog/c.webp", "dog/d.bmp", ".hidden/e.png")):
         save(f"mine/{name}", k * 10)
     os.makedirs("mine/empty"), os.makedirs("mine/__MACOSX"), Path("mine/dog/readme.txt").write_text("")
+    save("mine/out/mine/recon_000000.png", 90), Path("mine/out/mine/vae.csv").write_text("")
     train, val = data.load("mine", size=16)
-    assert "no class: __MACOSX, empty" in capsys.readouterr().out and train.classes == ["cat", "dog"]
+    assert "no class: __MACOSX, empty, out" in capsys.readouterr().out and train.classes == ["cat", "dog"]
     assert val.files == ["cat/a.png"] and train.files == ["cat/deep/er/B.JPG", "dog/c.webp", "dog/d.bmp"]
     pixels, labels = train[torch.tensor([2, 0])]
     assert labels.tolist() == [1, 0] and pixels.float().mean((1, 2, 3)).round().tolist() == [30, 10]
