@@ -541,8 +541,8 @@ def published(path, objective):
     except (KeyError, ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {path} holds no DiT of a published size: {error}")
     names = ResNet50_Weights.DEFAULT.meta["categories"] if classes == 1000 else [*map(str, range(classes))]
-    config = dict(model="dit", dit=f"{size}/{p}", objective=objective, z_channels=c, cfg=4.0, sample_steps=50,
-                  churn=0.0, side=math.isqrt(places) * p, classes=names, condition="class", data="published")
+    config = dict(preset="imagenet", dit=f"{size}/{p}", objective=objective, z_channels=c, cfg=4.0,
+                  side=math.isqrt(places) * p, classes=names, data="published")
     return {"config": config, "step": 0, "ema": weights}
 
 def load(path, device="cpu", objective="", coder=""):
@@ -552,7 +552,8 @@ def load(path, device="cpu", objective="", coder=""):
         other = open_vae(coder)
         state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift", 0.0), **state,
                  "vae": other["vae"], "vae_config": other["config"]}
-    model, coder = build(argparse.Namespace(**state["config"])), load_vae(state, device)
+    run = data.settings(globals(), {}, state=state)             # with what an older one does not say
+    state["config"], model, coder = vars(run), build(run), load_vae(state, device)
     data.restore({"ema": model}, state)
     if coder.z_channels != state["config"]["z_channels"]:
         raise SystemExit(f"error: the VAE has {coder.z_channels} latent channels, {path} another number")
@@ -622,7 +623,7 @@ def main(argv=None):
     if cfg.init and not state:
         init = published(cfg.init, cfg.objective)
         cfg.model, cfg.dit = "dit", init["config"]["dit"]
-    model, home = build(cfg).to(device), "cpu" if cfg.ema_on_cpu else device
+    model, (home, every) = build(cfg).to(device), ("cpu", 10) if cfg.ema_on_cpu else (device, 1)
     ema = copy.deepcopy(model).to(home).requires_grad_(False)
     groups = [{"params": [p for name, p in model.named_parameters() if (".layers." in name) == words]}
               for words in (False, True)]                       # the second: the transformer over words
@@ -680,7 +681,6 @@ def main(argv=None):
         # clip, step, average the weights
         norms, unsound = vae.update([(model, opt)], cfg.clip)
         log.skipped, log.streak = log.skipped + unsound, (log.streak + 1) * unsound
-        every = 10 if cfg.ema_on_cpu else 1
         if rank == 0 and (step + 1) % every == 0:
             update_ema(ema, model, cfg.ema, step, every)
 
