@@ -293,7 +293,7 @@ def settings(script, given, preset="", state=None):
 # ---- processes and signals ---------------------------------------------------------------------------------
 def guard(main):
     """Run a script's main(); Ctrl-C, a full disk or an exhausted GPU ends in one line and status 1."""
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # folders may have any name
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:

@@ -29,7 +29,8 @@ ACCUMULATED = "--batch-size 2 --accum 4 --grad-checkpoint"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
 CPU, FLOAT32 = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 FORK = multiprocessing.get_context("forkserver")        # children of a process that has imported torch
-FORK.set_forkserver_preload(["test_all"]), os.environ.update(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1")
+FORK.set_forkserver_preload(["test_all"])
+os.environ.update(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1", PYTHONIOENCODING="utf-8:strict")
 torch.set_num_threads(1)                # with more, tiny operations on a busy machine wait for a free core
 
 # ---- helpers -----------------------------------------------------------------------------------------------
@@ -1199,6 +1200,8 @@ def test_what_does_not_fit_is_said_in_a_line(trained, own, monkeypatch, capsys):
     assert (own / "vae.pt").read_bytes() == before
     finish(start(vae, TINY_VAE, "--out file/run"), status=1)        # below a file, not even by root
     assert re.fullmatch("error: .*file/run.*\n", Path("rank0.2").read_text())
+    shutil.copytree("images", "mine"), os.rename("mine/train/cross", b"mine/train/caf\xe9")     # no UTF-8
+    finish(start(vae, TINY_VAE, "--data mine --out mine"))
     (own / latents_in(own)[0]).unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=83_839))
     assert "more than is free" in stopped(run, diffusion, TINY_UNET)
