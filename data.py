@@ -134,10 +134,10 @@ class Images:
 
 def list_folder(folder, classes=()):
     """Images in class folders, or in one folder -> class names, paths from `folder` on, labels; sorted."""
-    def below(name):
+    def below(name):                                    # but for the pictures in a run's folder
         return sorted(os.path.join(root, file)[len(folder) + 1:]
                       for root, _, files in os.walk(os.path.join(folder, name))
-                      if not {"vae.csv", "diffusion.csv"} & {*files} for file in files  # of runs
+                      if not {"vae.csv", "diffusion.csv"} & {*files} for file in files
                       if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_TYPES)
     there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     found = {name: below(name) for name in classes or there}
