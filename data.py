@@ -13,12 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torch.utils._pytree import tree_map_only
 
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 MAX_BAD = 0.01              # share of unreadable images above which a run stops
 HOLD_OUT = 50               # without val/, every 50th image is kept out of training and evaluated on
 IMAGE_TYPES = set(Image.registered_extensions())
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+CAUGHT = []                 # numbers of the signals that came
 
 # ---- shapes: ten classes drawn from distance functions -----------------------------------------------------
 def box(x, y, w, h):
@@ -282,9 +284,8 @@ def settings(script, given, preset="", state=None):
     """Four layers, each over the one before: block, preset, what a resumed run saved, flags -> a namespace.
     The row of PRESETS is --preset's, else the saved one, else that named `preset`, else ImageNet's."""
     saved = {key: value for key, value in state["config"].items() if key not in CALL} if state else {}
-    for key in saved.keys() & given.keys() if given.get("resume") else ():
-        if saved[key] != given[key]:
-            print(f"resume: {key} was {saved[key]}, is now {given[key]}")
+    for key in [key for key in saved if given.get("resume") and saved[key] != given.get(key, saved[key])]:
+        print(f"resume: {key} was {saved[key]}, is now {given[key]}")
     presets = script.get("PRESETS", {"imagenet": {}})
     row = given.get("preset") or saved.get("preset") or (preset if preset in presets else "imagenet")
     block = {name: script[name] for name, _ in fenced(script)} | presets[row] | {"PRESET": row}
@@ -359,8 +360,6 @@ def gather(x):
     dist.gather(x.cpu(), parts if RANK == 0 else None)
     return torch.cat(parts)
 
-CAUGHT = []                             # numbers of the signals that came
-
 def catch_signals():
     """From now on Ctrl-C and SIGTERM are noted for `stop_asked`; a second one ends the process at once."""
     def catch(number, frame):
@@ -378,15 +377,16 @@ def leave(number, message):
 
 def say(line, last=False):
     """Progress: a line every five seconds, and the last."""
-    if last or time.monotonic() > say.next:
+    if last or time.monotonic() > getattr(say, "next", 0):
         say.next = time.monotonic() + 5
         print(line)
 
-say.next = 0
-
 # ---- files and checkpoints ---------------------------------------------------------------------------------
-CHECKPOINTS = {"vae.py": "config step vae disc vae_opt disc_opt",
-               "diffusion.py": "config step scale shift vae vae_config model ema opt"}
+def seal(state):
+    """A hash of all in a checkpoint but its tensors' values: what lacks a part or was edited is refused where
+    it is read, not deep in the code. A script that edits one means it: state["seal"] = data.seal(state)."""
+    about = tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), state | {"seal": None})
+    return hashlib.sha256(repr(about).encode()).hexdigest()
 
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
@@ -407,7 +407,7 @@ def save_checkpoint(path, made_by, cfg, step, parts, **more):
     if RANK == 0:
         state = dict(made_by=made_by, config=vars(cfg), step=step, **more)
         state |= {name: part.state_dict() for name, part in parts.items()}
-        replace_file(path, lambda f: torch.save(state, f))
+        replace_file(path, lambda f: torch.save(state | {"seal": seal(state)}, f))
 
 def lock(file):
     """Keep other processes from this open file until it is closed, or its process killed."""
@@ -426,9 +426,9 @@ def load_checkpoint(path, made_by):
         raise SystemExit(f"error: no {path}: run {made_by} first, or point to another run with --out")
     except Exception as error:
         raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
-    needed = f"made_by {CHECKPOINTS[made_by]}".split()
-    if not isinstance(state, dict) or None in map(state.get, needed) or state["made_by"] != made_by:
-        raise SystemExit(f"error: {path} is not a checkpoint of {made_by}")
+    whole = isinstance(state, dict) and state.get("seal") == seal(state)
+    if not whole or state.get("made_by") != made_by:
+        raise SystemExit(f"error: {path} is not a checkpoint as {made_by} saved it; flags change a setting")
     return state
 
 def begin(path, given, made_by):

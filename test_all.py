@@ -1153,7 +1153,7 @@ def test_samples_and_class_names(trained, capsys, monkeypatch):
     assert [len(call.args[3]) for call in diffusion.sample.call_args_list] == [3, 3]
     state = torch.load(trained / "diffusion.pt")
     del state["config"]["churn"], state["config"]["sample_steps"]       # as of an older version
-    os.mkdir("older"), torch.save(state, "older/diffusion.pt")
+    os.mkdir("older"), torch.save(state | {"seal": data.seal(state)}, "older/diffusion.pt")
     run(sample, "--count 2 --steps 4 --npz few.npz --out older")
     assert np.load("few.npz")["arr_1"].tolist() == [0, 1]               # fewer images than classes
     wnids = ["n01440764"] + [f"n{i}" for i in range(2000, 2999)]
@@ -1219,11 +1219,14 @@ def test_checkpoints_that_do_not_fit(trained, own):
     os.mkdir("bad")
     for file, script, flags in (("vae.pt", vae, "--resume --out bad"), ("diffusion.pt", sample, "--out bad")):
         state = torch.load(trained / file)
-        for key in state:
-            other = [{key: {"first": torch.ones(3)}}] * (key in ("vae", "disc", "ema", "vae_opt"))
-            for wrong in ({}, {key: None}, *other):
-                torch.save({k: v for k, v in state.items() if k != key} | wrong, f"bad/{file}")
-                assert re.search("not a checkpoint|does not fit", stopped(run, script, flags)), (key, wrong)
+        edited = [{k: v for k, v in state.items() if k != key} for key in state]        # a part is gone
+        for about in {"config", "vae_config"} & state.keys():
+            edited += [state | {about: state[about] | {key: "x"}} for key in ("lr", "widths", "classes")]
+        for opt in {"vae_opt", "opt"} & state.keys():
+            edited.append(state | {opt: state[opt] | {"param_groups": [{}]}})
+        for other in edited:
+            torch.save(other, f"bad/{file}")
+            assert "not a checkpoint as" in stopped(run, script, flags), set(state) - set(other)
     run(diffusion, TINY_UNET)
     shutil.copytree("images", "mine"), Path("mine/train/cross").rename("mine/train/diamond")
     for script in (vae, diffusion):
