@@ -4,8 +4,8 @@ A dataset is `shapes` (drawn below), `cifar10`, `imagenet`, or a folder that hol
 perhaps DIR/val/<class>/*, or just DIR/<class>/*. An image is uint8 [3, size, size], its label an index into
 the sorted class names.
 """
-import argparse, concurrent.futures, contextlib, ctypes, functools, hashlib, io, itertools, os, pathlib, re
-import shutil, signal, sys, sysconfig, time
+import argparse, concurrent.futures, contextlib, ctypes, functools, hashlib, io, itertools, json, os, pathlib
+import re, shutil, signal, sys, sysconfig, time
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils._pytree import tree_map_only
 
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 MAX_BAD = 0.01              # share of unreadable images above which a run stops
@@ -385,8 +384,8 @@ def say(line, last=False):
 def seal(state):
     """A hash of all in a checkpoint but its tensors' values: what lacks a part or was edited is refused where
     it is read, not deep in the code. A script that edits one means it: state["seal"] = data.seal(state)."""
-    about = tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), state | {"seal": None})
-    return hashlib.sha256(repr(about).encode()).hexdigest()
+    about = json.dumps(state | {"seal": ""}, skipkeys=True, default=lambda x: [*getattr(x, "shape", ())])
+    return hashlib.sha256(about.encode()).hexdigest()
 
 def replace_file(path, write):
     """Write a file beside `path` and rename it over: a kill or a full disk leaves the old one whole."""
@@ -422,11 +421,11 @@ def load_checkpoint(path, made_by):
     """A checkpoint, mapped to the CPU, without running code from it; stops if `made_by` did not write it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = isinstance(state, dict) and state.get("seal") == seal(state)
     except FileNotFoundError:
         raise SystemExit(f"error: no {path}: run {made_by} first, or point to another run with --out")
     except Exception as error:
         raise SystemExit(f"error: {path} is truncated or no checkpoint ({type(error).__name__})")
-    whole = isinstance(state, dict) and state.get("seal") == seal(state)
     if not whole or state.get("made_by") != made_by:
         raise SystemExit(f"error: {path} is not a checkpoint as {made_by} saved it; flags change a setting")
     return state
