@@ -449,7 +449,8 @@ def test_published_dit(name, size, gflops):
     assert {name.rpartition(".")[0] for name in model.state_dict()} == want
     assert sum(map(torch.numel, model.state_dict().values())) + (d + 1) * 16 == size
 
-DENOISERS = [lambda: diffusion.UNet(4, 8, 10, (16, 32), 1, 4), lambda: diffusion.DiT(4, 8, 10, "XS/2")]
+unet = lambda pointwise: diffusion.UNet(4, 8, 10, (16, 32), 1, 4, pointwise=pointwise)
+DENOISERS = [lambda: unet(True), lambda: diffusion.DiT(4, 8, 10, "XS/2")]
 
 def randomise(module):
     torch.manual_seed(0)
@@ -471,6 +472,8 @@ def test_denoisers(make):
         loss.backward(), grads.append([p.grad for p in model.parameters()])
     assert sum(saved[1]) < 0.5 * sum(saved[0])
     assert_close(*grads, rtol=1e-4, atol=1e-6)
+    kernels = lambda net: {m.conv1.kernel_size[0] for m in net.modules() if isinstance(m, vae.ResBlock)}
+    assert (kernels(unet(False)), kernels(unet(True))) == ({3}, {1})
 
 def test_dit_keeps_places_as_published():
     """Patches go back where they were, with channels last; positions are columns, then rows."""
@@ -1038,7 +1041,7 @@ def test_words(model):
     """The null caption is no NaN and like no other; order counts, padding does not; classes are untouched."""
     torch.manual_seed(0)
     config = dict(model=model, z_channels=4, side=8, classes=range(3), condition="text", widths=(16, 32),
-                  blocks=1, attention_at=8, dit="XS/2", objective="flow")
+                  blocks=1, attention_at=8, pointwise=False, dit="XS/2", objective="flow")
     net, x, t = randomise(diffusion.build(Namespace(**config))), torch.randn(1, 4, 8, 8), torch.ones(1)
     texts = "a red ring", "a ring red", "a Red, ring", ""
     a, b, c, none = (net(x, t, diffusion.tokens([text])) for text in texts)

@@ -99,9 +99,9 @@ def groups_for(*widths):
 
 class ResBlock(nn.Module):
     """Pre-activation residual block: [b, c_in, h, w] -> [b, c_out, h, w]."""
-    def __init__(self, c_in, c_out, groups):
+    def __init__(self, c_in, c_out, groups, kernel=3):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
         self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)      # starts as its shortcut
