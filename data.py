@@ -384,7 +384,7 @@ def say(line, last=False):
 def seal(state):
     """A hash of all in a checkpoint but its tensors' values: what lacks a part or was edited is refused where
     it is read, not deep in the code. A script that edits one means it: state["seal"] = data.seal(state)."""
-    about = json.dumps(state | {"seal": ""}, skipkeys=True, default=lambda x: [*getattr(x, "shape", ())])
+    about = json.dumps(state | {"seal": ""}, skipkeys=True, default=lambda x: str(getattr(x, "shape", x)))
     return hashlib.sha256(about.encode()).hexdigest()
 
 def replace_file(path, write):
