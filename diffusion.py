@@ -46,7 +46,7 @@ MODEL = "unet"              # one of unet, dit
 WIDTHS = (128,)             # from 4; unet: channels at each resolution
 BLOCKS = 1                  # from 1; unet: residual blocks at each resolution
 ATTENTION_AT = 8            # from 0; unet: self-attention where the side is at most this
-POINTWISE = False           # unet: 1x1 first convolutions, a third cheaper on CPUs; pays on CIFAR-10 alone
+POINTWISE = False           # unet: 1x1 first convolutions, a third cheaper on CPUs; for CIFAR-10, not shapes
 DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
 # loss
 OBJECTIVE = "flow"          # one of flow, v, eps, ddpm, sit; the last two are the published DiT's and SiT's
