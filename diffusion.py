@@ -3,317 +3,386 @@
     python diffusion.py                                         # on the newest out/*/vae.pt
     python diffusion.py --objective v --model dit --out out/v-dit
     python diffusion.py --condition text --out out/words
-    torchrun --nproc-per-node 8 diffusion.py --data imagenet
+    torchrun --nproc-per-node 8 diffusion.py
 
-Encodes every image once (latents_*.npy), then trains. Writes to the run's folder: diffusion.pt, which carries
-the VAE along, diffusion.csv and samples_*.png, drawn from the averaged weights. On two CPU cores the default
-takes 277 seconds and ends at a loss of 0.5; 1,000 of 1,000 samples are of their class.
+Encodes every image once, into latents_*.npy beside the VAE, then trains. Writes diffusion.pt, which
+carries the VAE along, diffusion.csv and samples_*.png, drawn with the averaged weights, to --out.
 """
-import argparse, contextlib, copy, functools, glob, hashlib, io, math, os, pathlib, re, shutil, time, zlib
+import argparse
+import collections
+import copy
+import functools
+import hashlib
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+import zlib
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import ResNet50_Weights
 
-import data, vae
-from vae import (Attention, Log, ResBlock, Upsample, attend, cosine, downsample, groups_for, load_vae, named,
-                 norm, open_vae, read_weights, recompute)
+import data
+from vae import (CALL, Attention, Downsample, Log, ResBlock, Upsample, attend,
+                 average_gradients, catch_signals, cosine, generator, groups_for, load_checkpoint,
+                 load_vae, newest, norm, read_weights, recompute, save_checkpoint,
+                 setup, share_out, total, wait, zeroed)
 
-# ------------------------------------------------------------------------------------------------------------
-# run
-DATA = ""                   # dataset; empty: the VAE's
-DATA_DIR = ""               # where it lies; empty: where the VAE found it
-PRESET = ""                 # one of shapes, cifar10, cifar10-small, imagenet; the row below, empty: the VAE's
-SIZE = 0                    # from 0; pixels a side, 0: the VAE's
-VAE = ""                    # a vae.pt or published weights; empty: of --out, of out/<data>, else the newest
-SCALE = 0.0                 # from 0; of the latents; 0: beside published weights, else 1 / std of all
-SHIFT = 0.0                 # from -1e6; taken off the latents before they are scaled
-INIT = ""                   # published weights to start from, which also decide the DiT's shape
-OUT = ""                    # the run's folder; empty: the VAE's
-MAX_STEPS = 3200            # from 1; updates
-BATCH_SIZE = 16             # from 1; latents per micro-step, over all processes
-ACCUM = 1                   # from 1; micro-steps per update
-EVAL_EVERY = 1600           # from 1; updates between pictures and checkpoints
-LOG_EVERY = 10              # from 1; updates between rows of the log
-SEED = 0                    # from 0; of the weights, the order of the latents and all noise
-RESUME = False              # go on from the run's checkpoint
-OVERWRITE = False           # start again on top of a run
-# model
-CONDITION = "class"         # one of class, text; what an image is drawn from: its class, or its caption
-MODEL = "unet"              # one of unet, dit
-WIDTHS = (128,)             # from 4; unet: channels at each resolution
-BLOCKS = 1                  # from 1; unet: residual blocks at each resolution
-ATTENTION_AT = 8            # from 0; unet: self-attention where the side is at most this
-POINTWISE = False           # unet: 1x1 first convolutions, a third cheaper on CPUs; for CIFAR-10, not shapes
-DIT = "XS/1"                # dit: size XS, S, B, L, XL / patch
-# loss
-OBJECTIVE = "flow"          # one of flow, v, eps, ddpm, sit; the last two are the published DiT's and SiT's
-TIMES = "logit-normal"      # one of uniform, logit-normal; density of t in training
-TIMES_SHIFT = 0.0           # from 0; odds of t times this: noisy times decide; 0: 2 with words, else 1
-LABEL_DROPOUT = 0.1         # from 0 to 1; share of labels replaced by the null class, for guidance
-# optimiser
-LR = 2.2e-3                 # from 0; AdamW
-LR_MIN = 1e-5               # from 0; where the cosine ends; equal to LR: constant
-LR_WARMUP = 100             # from 0; updates of linear warmup
-CLIP = 1.0                  # from 1e-6; gradient norm
-EMA = 0.998                 # from 0 to 1; decay of the averaged weights
-# pictures
-CFG = 1.2                   # from 0; guidance scale, here and sample.py's default
-SAMPLE_STEPS = 25           # from 1; sampler steps, here and sample.py's default
-CHURN = 2.0                 # from 0; noise drawn anew in a step, 0: none, 1: ancestral sampling; likewise
-SAMPLES = 80                # from 0; images in a picture, of ten classes at most; 0: no pictures
-# system
-DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
-BF16 = None                 # bfloat16 autocast; unset: where it is faster
-COMPILE = False             # torch.compile; unset, as in the other presets: on a GPU
-GRAD_CHECKPOINT = False     # save memory: recompute the blocks in the backward pass
-EMA_ON_CPU = False          # save memory: average on the CPU, every tenth update
-WORKERS = 8                 # from 1; threads that read images or latents
-BENCH = False               # time twenty updates on random latents and stop; writes nothing
-# ------------------------------------------------------------------------------------------------------------
-PRESETS = {"shapes": {},
-    "cifar10": dict(MAX_STEPS=292_968, BATCH_SIZE=128, EVAL_EVERY=5000, WIDTHS=(128, 256, 256), BLOCKS=2,
-                    DIT="S/2", OBJECTIVE="v", TIMES="uniform", LR=2e-4, LR_WARMUP=1000, EMA=0.9999, CFG=5.0,
-                    SAMPLE_STEPS=50, CHURN=0.0, COMPILE=None),
-    "cifar10-small": dict(MAX_STEPS=36_000, BATCH_SIZE=32, EVAL_EVERY=4000, WIDTHS=(128, 128), POINTWISE=True,
-                          LR=1e-3, LR_WARMUP=200, EMA=0.999, CFG=3.0, CHURN=0.0, TIMES_SHIFT=2.0),
-    "imagenet": dict(MAX_STEPS=400_000, BATCH_SIZE=64, ACCUM=4, EVAL_EVERY=5000, MODEL="dit",
-                     WIDTHS=(192, 384, 384), BLOCKS=2, DIT="B/2", LR=1e-4, LR_MIN=1e-4, LR_WARMUP=0,
-                     EMA=0.9999, CFG=5.0, SAMPLE_STEPS=50, CHURN=0.0, SAMPLES=20, COMPILE=None)}
-DIT_SIZES = {                # width, depth, heads
-    "XS": (192, 6, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-WORDS, VOCABULARY, WORD = 24, 2 ** 13, 128      # of a caption; of all, by their hash; the width of one
-WORDS_LR = 3e-4             # at most, of the transformer over words: at 2e-3 it learns little of places
-PIXELS = 2 ** 18            # encoded or decoded at once: 4 images of 256x256, a gigabyte or two; on a GPU 32
+# ---- settings: the defaults are those of `shapes`; a preset goes over them, and flags over both 
 
-# ---- the method: path, loss, guidance, sampler -------------------------------------------------------------
+PRESETS = {
+    "shapes": {},
+    "cifar10": dict(
+        max_steps=292_968, batch_size=128, eval_every=5000, widths=[128, 256, 256], blocks=2,
+        dit="S/2", objective="v", times="uniform", lr=2e-4, lr_warmup=1000, ema=0.9999, cfg=5.0,
+        sample_steps=25, churn=0.0, compile=None),
+    "cifar10-small": dict(
+        max_steps=36_000, batch_size=32, eval_every=4000, widths=[128, 128], pointwise=True,
+        lr=1e-3, lr_warmup=200, ema=0.999, cfg=3.0, sample_steps=12, churn=0.0, times_shift=2.0),
+    "imagenet": dict(
+        max_steps=400_000, batch_size=256, micro_batch=64, eval_every=5000, model="dit", dit="B/2",
+        widths=[192, 384, 384], blocks=2, lr=1e-4, lr_end=1e-4, lr_warmup=0, ema=0.9999, cfg=5.0,
+        sample_steps=25, churn=0.0, samples=20, compile=None),
+}
+PUBLISHED = ("ddpm", "sit")
+DIT_SIZES = {               # width, depth, heads
+    "XS": (192, 6, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+def settings(argv=None):
+    """-> the settings, and the checkpoint of the run that goes on, or else of the VAE"""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    yes_no = argparse.BooleanOptionalAction
+    # run
+    flag("--vae", default="", help="a vae.pt; empty: of --out, or the newest")
+    flag("--data", default="", help="as for vae.py; empty: what the VAE learned from")
+    flag("--size", type=int, default=0, help="pixels a side; 0: the VAE's")
+    flag("--preset", default="", choices=["", *PRESETS], help="a row of PRESETS; empty: the VAE's")
+    flag("--out", default="", help="the run's folder; empty: the VAE's")
+    flag("--max-steps", type=int, default=3200, help="updates")
+    flag("--batch-size", type=int, default=16, help="latents per update, over all processes")
+    flag("--micro-batch", type=int, default=0, help="of these a process takes at a time; 0: all")
+    flag("--eval-every", type=int, default=1600, help="updates between pictures, checkpoints")
+    flag("--log-every", type=int, default=10, help="updates between rows of the log")
+    flag("--seed", type=int, default=0, help="of the weights, the latents' order and all noise")
+    flag("--resume", action="store_true", help="go on with the run in --out, or the newest")
+    flag("--overwrite", action="store_true", help="start again on top of a run")
+    flag("--init", default="", help="published weights of a DiT or SiT to start from")
+    # model
+    flag("--condition", default="class", choices=["class", "text"], help="text: captions")
+    flag("--model", default="unet", choices=["unet", "dit"], help="the denoiser")
+    flag("--widths", type=int, nargs="+", default=[128], help="unet: channels at each resolution")
+    flag("--blocks", type=int, default=1, help="unet: residual blocks at each resolution")
+    flag("--attention-at", type=int, default=8, help="unet: self-attention up to this side")
+    flag("--pointwise", action=yes_no, default=False, help="unet: first convolutions of 1x1")
+    flag("--dit", default="XS/1", help="dit: size XS, S, B, L, XL / patch")
+    # loss
+    flag("--objective", default="flow", choices=["flow", "v", "eps", "ddpm", "sit"],
+         help="the last two are the published DiT's and SiT's")
+    flag("--times", default="logit-normal", choices=["uniform", "logit-normal"],
+         help="density of t; ddpm and sit: uniform")
+    flag("--times-shift", type=float, default=0.0, help="of the odds of t; 0: with text 2, else 1")
+    flag("--label-dropout", type=float, default=0.1, help="share of null labels, for guidance")
+    # optimiser
+    flag("--lr", type=float, default=2.2e-3, help="AdamW")
+    flag("--lr-end", type=float, default=1e-5, help="where the cosine ends")
+    flag("--lr-warmup", type=int, default=100, help="updates")
+    flag("--clip", type=float, default=1.0, help="gradient norm")
+    flag("--ema", type=float, default=0.998, help="decay of the averaged weights")
+    # pictures, and sample.py's defaults
+    flag("--cfg", type=float, default=1.2, help="guidance scale; 1: none")
+    flag("--sample-steps", type=int, default=25, help="steps of the sampler")
+    flag("--churn", type=float, default=2.0, help="noise drawn anew: 0 none, 1 DDPM's, 2 more")
+    flag("--samples", type=int, default=80, help="images in a picture")
+    # system: what is not given, each machine decides for itself
+    flag("--device", help="cuda, cpu, mps; by default cuda where there is one")
+    flag("--bf16", action=yes_no, help="bfloat16 autocast; by default where it is faster")
+    flag("--compile", action=yes_no, default=False, help="in cifar10, imagenet: on GPUs")
+    flag("--grad-checkpoint", action="store_true", help="save memory, slower")
+    flag("--workers", type=int, default=8, help="threads that read images or latents")
+
+    # defaults < preset < what the run saved < flags
+    cfg = parser.parse_args(argv)
+    if cfg.resume:
+        found = f"{cfg.out}/diffusion.pt" if cfg.out else newest("diffusion.pt")
+        state = load_checkpoint(found)
+        saved = state["config"]
+    else:
+        found = cfg.vae or f"{cfg.out}/vae.pt"
+        if not os.path.exists(found) and not cfg.vae:
+            found = newest("vae.pt")
+        state = load_checkpoint(found)
+        saved = {name: state["config"][name] for name in ("data", "size", "preset")}
+        print(f"taking the VAE of {found}")
+    folder = os.path.dirname(found) or "."
+    parser.set_defaults(**PRESETS[cfg.preset or saved["preset"]])
+    if cfg.objective in PUBLISHED:
+        parser.set_defaults(times="uniform")
+    # latents is no flag: all runs on a VAE share those beside it
+    parser.set_defaults(**{"latents": folder, **saved})
+    cfg = parser.parse_args(argv)
+    cfg.out = cfg.out or folder
+    cfg.times_shift = cfg.times_shift or (2.0 if cfg.condition == "text" else 1.0)
+    if not cfg.resume and not cfg.overwrite and os.path.exists(f"{cfg.out}/diffusion.pt"):
+        sys.exit(f"error: {cfg.out}/diffusion.pt exists: --resume, --overwrite, or another --out")
+    if cfg.init and cfg.objective not in PUBLISHED:
+        sys.exit("error: --init takes --objective ddpm, for a DiT, or sit, for a SiT")
+    if not cfg.init and cfg.max_steps == 0:
+        sys.exit("error: --max-steps 0 takes --init")
+    return cfg, state
+
+# ---- the method: path, loss, guidance, sampler -------------------------------------------------
 def path(objective, t):
     """x_t = a x0 + b e, from data (t=0) to noise (t=1) -> a, b and their derivatives da, db.
-    flow, sit: the straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle by its angle
-    (Salimans and Ho 2022, app. D); ddpm: the same circle in the thousand steps of Ho et al. (2020). On both,
-    a db - da b = 1, so that with the velocity v = da x0 + db e: x0 = db x - b v and e = a v - da x, without
-    a division."""
+
+    flow, sit: a straight line (Lipman et al. 2023; Liu et al. 2023). v, eps: a quarter circle, by
+    its angle (Salimans and Ho 2022); ddpm: that circle in the thousand steps of Ho et al. (2020).
+    On both a db - da b = 1, so that of v = da x0 + db e: x0 = db x - b v and e = a v - da x.
+    """
     if objective in ("flow", "sit"):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    angle = ddpm_angles(t.device)[(1000 * t).round().long()] if objective == "ddpm" else t * (math.pi / 2)
+    if objective == "ddpm":
+        angle = ddpm_angles().to(t.device)[(1000 * t).round().long()]
+    else:
+        angle = t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+
 @functools.cache
-def ddpm_angles(device):
-    """The angle after 0 ... 1000 steps of betas from 1e-4 to 0.02, by cos(angle)^2 = prod (1 - beta)."""
-    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)).cumprod(0)
-    return F.pad(kept.sqrt().arccos(), (1, 0)).float().to(device)
+def ddpm_angles():
+    """The angle after 0 to 1000 steps of betas from 1e-4 to 0.02: cos(angle)^2 = prod(1 - beta)."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)
+    cosines = (1 - betas).cumprod(0).sqrt()
+    return F.pad(cosines.arccos(), (1, 0)).float()
+
 def first_time(objective):
-    """Where the path's noisy end lies. At t=1 the noise says nothing about x0, and eps divides by a. At
-    0.96 a is 0.063, near where Stable Diffusion's schedule ends; from 0.99 errors grow up to 64 times."""
+    """Where sampling starts; at t = 1 eps would divide by a = 0."""
     return 0.96 if objective == "eps" else 1.0
 
 def velocity(model, objective, x, t, y):
-    """The model's estimate of v at x [b, c, h, w], t [b] in [0, 1], classes y [b], float32. SiT's time and
-    velocity run from noise to data, its time unscaled; DDPM counts its steps from 0."""
-    if objective == "sit":
-        return -model(x, (1 - t) / 1000, y).float()
-    out = model(x, t - 1e-3 if objective == "ddpm" else t, y).float()
+    """The model's estimate of v = da x0 + db e at x [b, c, h, w], t [b], labels y [b]; float32."""
     if objective in ("flow", "v"):
-        return out
+        return model(x, t, y).float()
+    if objective == "sit":                          # whose time runs from noise (0) to data (1)
+        return -model(x, (1 - t) / 1000, y).float()         # and is not multiplied by 1000
+    if objective == "ddpm":                         # which counts its steps from 0
+        e = model(x, t - 0.001, y).float()
+    else:
+        e = model(x, t, y).float()
     a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
-    return (da * x + out) / a
+    return (da * x + e) / a                         # x0 = (x - b e) / a, put into v
 
 def diffusion_loss(model, objective, x0, e, t, y):
-    """Mean squared error of the velocity per image [b], at x_t. x0, e [b, c, h, w]; t, y [b]. For eps this
-    is the noise's error over a^2, the "SNR+1" weighting of Salimans and Ho (2022): without it a short run
-    learns little of the shape, which the noisy times decide. For ddpm it is the noise's, as published."""
+    """Squared error of the velocity per image [b]. For eps that is the noise's error over a^2: the
+    error of the noise itself hardly sees the noisy times, which decide an image's layout."""
     a, b, da, db = path(objective, t.view(-1, 1, 1, 1))
     v = velocity(model, objective, a * x0 + b * e, t, y)
-    weight = a if objective == "ddpm" else 1
-    return (weight * (v - (da * x0 + db * e))).square().mean((1, 2, 3))
+    error = v - (da * x0 + db * e)
+    if objective == "ddpm":
+        error = a * error                           # of the noise, as published
+    return error.square().mean(dim=(1, 2, 3))
 
-def guided(model, objective, x, t, y, cfg, null):
-    """Classifier-free guidance (Ho and Salimans 2022): v_u + cfg (v_c - v_u), both halves in one batch."""
-    if cfg == 1:
+def guided_velocity(model, objective, x, t, y, null, scale):
+    """Classifier-free guidance (Ho and Salimans 2022), both halves in one batch."""
+    if scale == 1:
         return velocity(model, objective, x, t, y)
-    y = torch.cat([y, torch.full_like(y, null)])
-    v_c, v_u = velocity(model, objective, x.repeat(2, 1, 1, 1), t.repeat(2), y).chunk(2)
-    return v_u + cfg * (v_c - v_u)
+    both = torch.cat([y, null.expand_as(y)])
+    v = velocity(model, objective, torch.cat([x, x]), torch.cat([t, t]), both)
+    v_y, v_null = v.chunk(2)
+    return v_null + scale * (v_y - v_null)
 
 @torch.no_grad()
-def sample(model, objective, noise, y, null, steps=50, cfg=1.0, sampler="euler", interval=(0, 1), churn=0):
-    """Integrate from noise() [b, c, h, w] to data, in float32 -> yields x at first and after every step.
-    Holding (x0, e) over a step is Euler on the straight line and DDIM (Song et al. 2021) on the circle; heun
-    averages v with that at the step's end. Guidance acts in `interval` (Kynkaanniemi et al. 2024). With churn
-    some of e is new in each step, which mends what earlier ones got wrong; 1 is as in Ho et al. (2020)."""
-    x, times = noise(), [first_time(objective) * (1 - k / steps) for k in range(steps + 1)]
-    yield x
-    def v_at(x, t):
-        scale = cfg if interval[0] <= t <= interval[1] else 1
-        return guided(model, objective, x, torch.full((len(x),), t, device=x.device), y, scale, null)
-    for t, s in zip(times, times[1:]):
-        (a, b, da, db), (a_s, b_s, da_s, db_s) = (path(objective, torch.tensor(at)) for at in (t, s))
-        v = v_at(x, t)
-        if sampler == "heun" and s > 0:
-            x_s = a_s * (db * x - b * v) + b_s * (a * v - da * x)
-            v_s = v_at(x_s, s)
-            v = (v + da * (db_s * x_s - b_s * v_s) + db * (a_s * v_s - da_s * x_s)) / 2
-        kept = (a * b_s / (a_s * b)).clamp_min(0) ** churn
-        e = kept * (a * v - da * x) + (1 - kept ** 2).sqrt() * (noise() if churn else 0)
-        x = a_s * (db * x - b * v) + b_s * e
+def sample(model, objective, noise, y, null, steps, scale, churn=0.0, interval=(0, 1),
+           extrapolate=True):
+    """From noise() [b, c, h, w] to data: yields x after each step, the last is the sample.
+
+    A step from t to s estimates x0 and e, and moves to the point with the same x0 and e at s: that
+    is Euler's method on the line, DDIM (Song et al. 2021) on the circle. With x0 extrapolated to
+    the middle of the step, by the step before, a third as many steps are enough. With churn a part
+    of e is drawn anew instead, and later steps mend what earlier ones got wrong; 1 is DDPM (Ho et
+    al. 2020). Guidance acts while t is in the interval (Kynkaanniemi et al. 2024)."""
+    times = torch.linspace(first_time(objective), 0.0, steps + 1)
+    x = noise()
+    before = None
+    for t, s in zip(times[:-1], times[1:]):
+        a, b, da, db = path(objective, t)
+        a_s, b_s, _, _ = path(objective, s)
+        w = scale if interval[0] <= t <= interval[1] else 1.0
+        v = guided_velocity(model, objective, x, t.expand(len(x)).to(x.device), y, null, w)
+        x0 = db * x - b * v
+        e = a * v - da * x
+        if churn > 0:
+            kept = (a * b_s / (a_s * b)).clamp_min(0) ** churn      # cos(pi / 2) is below 0
+            e = kept * e + (1 - kept ** 2).sqrt() * noise()
+        elif extrapolate:
+            now = x0
+            if before is not None:
+                x0 = 1.5 * now - 0.5 * before
+            e = (x - a * x0) / b
+            before = now
+        x = a_s * x0 + b_s * e
         yield x
 
-def normalise(z, scale, shift=0.0):
-    """Latents as the VAE gives them -> unit standard deviation; `denormalise` is its inverse."""
-    return (z - shift) * scale
-def denormalise(z, scale, shift=0.0):
-    return z / scale + shift
-
-# ---- denoisers: (x [b, c, h, w], t [b] in [0, 1], y [b]) -> [b, c, h, w] -----------------------------------
+# ---- conditions: time, and a class or a caption ------------------------------------------------
 class TimestepEmbedder(nn.Module):
     """Time [b] -> [b, d]: sines and cosines of 1000 t, then two layers."""
     def __init__(self, d):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        nn.init.normal_(self.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.mlp[2].weight, std=0.02)
         frequencies = 1000 * torch.exp(-math.log(10000) * torch.arange(128) / 128)
         self.register_buffer("frequencies", frequencies, persistent=False)
+
     def forward(self, t):
-        angles = t[:, None].float() * self.frequencies      # float32: bf16 cannot tell t=0.996 from 1
+        angles = t[:, None].float() * self.frequencies      # bf16 can't tell t = 0.996 from 1
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
-def embedders(d, num_classes, text):
-    """For time, and for class or caption, to be added up. Class `num_classes` is the null class."""
-    t_embedder = TimestepEmbedder(d)
-    y_embedder = TextEmbedder(d) if text else named(embedding_table=nn.Embedding(num_classes + 1, d))
-    table = [] if text else [y_embedder.embedding_table.weight]         # words so small were hardly learned
-    for weight in (t_embedder.mlp[0].weight, t_embedder.mlp[2].weight, *table):
-        nn.init.normal_(weight, std=0.02)
-    return t_embedder, y_embedder
+class LabelEmbedder(nn.Module):
+    """Classes [b] -> [b, d], and None for words. Class `num_classes` is the null class."""
+    def __init__(self, num_classes, d):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, d)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
 
-# ---- words: --condition text. y is a caption's ids [b, n] instead of a class [b], the null all zeros -------
-COLOURS = "red", "gold", "lime", "green", "cyan", "blue", "purple", "pink"        # 45 degrees of hue apart
-PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
-          "at the bottom left", "at the bottom", "at the bottom right")
+    def forward(self, y):
+        return self.embedding_table(y), None
 
-def describe_shape(split, row):
-    """The caption of a drawn shape: "a small red star at the top left". One attribute in ten is left out,
-    and any that lies near the border between two names."""
-    u = np.random.default_rng((split == "val", row)).random(12)         # the first eight as in draw_shapes
-    def name(position, names, chance):
-        near = abs(position - round(position)) < 0.12 and 0 < round(position) < len(names)
-        return "" if near or chance < 0.1 else names[int(position)]
-    size, colour = name(2 * u[0], ("small", "large"), u[8]), name(8 * u[4] + 0.5, COLOURS + COLOURS[:1], u[9])
-    shape = "shape" if u[10] < 0.1 else list(data.SHAPES)[row % len(data.SHAPES)]
-    across, down = (name(3 * u[axis], range(3), u[11]) for axis in (2, 3))
-    place = "" if "" in (across, down) else PLACES[3 * down + across]
-    return " ".join(filter(None, ("a", size, colour, shape, place)))
+WORDS = 24              # of a caption, at most
+VOCABULARY = 8192       # words are told apart by a hash
+WORD_WIDTH = 128
 
 def words_of(caption):
-    return re.findall(r"\w+", caption.lower())
-def tokens(captions):
-    """Captions -> ids of their words, places in a table given by a hash, then zeros: int64 [n, WORDS]."""
-    ids = [[1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words_of(caption)[:WORDS]]
-           for caption in captions]
-    return torch.tensor([row + [0] * (WORDS - len(row)) for row in ids])
+    """Without regard to case, and to how a letter with its accent is written (NFC, NFD)."""
+    return re.findall(r"\w+", unicodedata.normalize("NFC", caption).casefold())
 
-class Captions:
-    """Images with the ids of captions int64 [n, WORDS] instead of classes. A caption is a drawn shape's
-    description, or the first line of the .txt beside an image, or the name of its class."""
-    def __init__(self, images):
-        self.images, self.said = images, False
-    def __getitem__(self, rows):
-        return self.images[rows][0], tokens([self.caption(row) for row in rows.tolist()])
-    def caption(self, row):
-        images = self.images
-        while row in images.bad:                                # once read, a stand-in brings its own
-            row = images.bad[row]
-        if images.classes == list(data.SHAPES) and not images.files:
-            return describe_shape(images.folder, row)
-        name, text = images.classes[images.labels[row]], ""
-        file = images.files and pathlib.Path(images.folder, images.files[row]).with_suffix(".txt")
-        if not (file and file.exists()):
-            return name
-        with contextlib.suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8-sig") as f:
-            text = f.readline(10_000).strip()
-        if not self.said and not 0 < len(words_of(text)) <= WORDS:
-            self.said = True
-            print(f"caption {file}, perhaps others: not 1 to {WORDS} words in UTF-8; cut, or the class taken")
-        return text or name
+def tokenize(captions):
+    """Captions -> ids of their words, then zeros: int64 [n, WORDS]. The null caption: all zeros."""
+    ids = torch.zeros(len(captions), WORDS, dtype=torch.long)
+    for i, caption in enumerate(captions):
+        for k, word in enumerate(words_of(caption)[:WORDS]):
+            ids[i, k] = 1 + zlib.crc32(word.encode()) % (VOCABULARY - 1)
+    return ids
 
 class TextEmbedder(nn.Module):
-    """A transformer over ids y [b, n] -> [b, d], to be added to the time's; and for cross-attention the words
-    [b, 1 + n, WORD] with a mask of those that are there."""
+    """A transformer over ids y [b, n] -> their mean [b, d], and for cross-attention the words
+    [b, 1 + n, WORD_WIDTH] with a mask of those that are there."""
     def __init__(self, d):
         super().__init__()
-        self.embedding_table = nn.Embedding(VOCABULARY, WORD)
-        self.begin = nn.Parameter(torch.zeros(1, 1, WORD))      # never masked: an empty caption is not NaN
-        self.positions = nn.Parameter(0.02 * torch.randn(1 + WORDS, WORD))
-        layer = nn.TransformerEncoderLayer(WORD, 4, 4 * WORD, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WORD), enable_nested_tensor=False)
-        self.mean = nn.Linear(WORD, d)
+        self.embedding_table = nn.Embedding(VOCABULARY, WORD_WIDTH)
+        self.begin = nn.Parameter(torch.zeros(1, 1, WORD_WIDTH))    # never masked: no row is NaN
+        self.positions = nn.Parameter(0.02 * torch.randn(1 + WORDS, WORD_WIDTH))
+        layer = nn.TransformerEncoderLayer(
+            WORD_WIDTH, nhead=4, dim_feedforward=4 * WORD_WIDTH, dropout=0.0, activation="gelu",
+            batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(
+            layer, num_layers=2, norm=nn.LayerNorm(WORD_WIDTH), enable_nested_tensor=False)
+        self.mean = nn.Linear(WORD_WIDTH, d)
+
     def forward(self, y):
         there = F.pad(y > 0, (1, 0), value=True)
-        words = torch.cat([self.begin.expand(len(y), 1, WORD), self.embedding_table(y)], 1) + self.positions
+        begin = self.begin.expand(len(y), 1, WORD_WIDTH)
+        words = torch.cat([begin, self.embedding_table(y)], dim=1) + self.positions
         words = self.layers(words, src_key_padding_mask=~there)
-        mean = (words * there[..., None]).sum(1) / there.sum(1, keepdim=True)
-        return self.mean(mean), (words, there[:, None, None])
+        mean = (words * there[:, :, None]).sum(dim=1) / there.sum(dim=1, keepdim=True)
+        return self.mean(mean), (words, there)
 
 class CrossAttention(nn.Module):
-    """Places x [b, n, c] look at words [b, m, WORD] (Rombach et al. 2022). Starts as nothing."""
+    """Places x [b, n, c] look at a caption's words (Rombach et al. 2022). Starts as nothing."""
     def __init__(self, c, heads):
         super().__init__()
-        self.heads, self.norm, self.to_q = heads, nn.LayerNorm(c), nn.Linear(c, c)
-        self.to_kv, self.to_out = nn.Linear(WORD, 2 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.to_out.weight), nn.init.zeros_(self.to_out.bias)
-    def forward(self, x, words, there):
-        q = self.to_q(self.norm(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.to_kv(words).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return x + self.to_out(attend(q, k, v, there).transpose(1, 2).flatten(2))
+        self.heads = heads
+        self.norm = nn.LayerNorm(c)
+        self.to_q = nn.Linear(c, c)
+        self.to_kv = nn.Linear(WORD_WIDTH, 2 * c)
+        self.to_out = zeroed(nn.Linear(c, c))
 
-# ---- the UNet ----------------------------------------------------------------------------------------------
-class CondBlock(ResBlock):
-    """The VAE's residual block, its second norm scaled and shifted by c [b, d] (Dhariwal, Nichol 2021), then
-    perhaps self- and cross-attention; `pointwise`: at first 1x1. x [b, c_in, h, w] -> [b, c_out, h, w]."""
-    def __init__(self, c_in, c_out, attention, groups, d, text, pointwise):
-        super().__init__(c_in, c_out, groups, 1 if pointwise else 3)
+    def forward(self, x, words, there):
+        q = self.to_q(self.norm(x))
+        k, v = self.to_kv(words).chunk(2, dim=2)
+        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
+        h = attend(q, k, v, there[:, None, None, :])
+        return x + self.to_out(h.transpose(1, 2).flatten(2))
+
+# ---- the UNet ----------------------------------------------------------------------------------
+class CondBlock(nn.Module):
+    """The VAE's residual block, its second norm scaled and shifted by c [b, d] (Dhariwal and Nichol
+    2021), then perhaps self-attention and cross-attention."""
+    def __init__(self, c_in, c_out, d, groups, kernel, attention, text):
+        super().__init__()
+        self.res = ResBlock(c_in, c_out, groups, kernel)
         self.condition = nn.Linear(d, 2 * c_out)
-        self.attention = Attention(c_out, groups) if attention else nn.Identity()
-        self.cross = CrossAttention(c_out, 4) if attention and text else None
+        self.attention = Attention(c_out, groups) if attention else None
+        self.cross = CrossAttention(c_out, heads=4) if attention and text else None
+
     def forward(self, x, c, words):
         scale, shift = self.condition(F.silu(c))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
-        x = self.attention(self.conv_shortcut(x) + self.conv2(F.silu(h)))
-        if self.cross:
-            x = self.cross(x.flatten(2).transpose(1, 2), *words).transpose(1, 2).reshape(x.shape)
+        h = self.res.conv1(F.silu(self.res.norm1(x)))
+        h = self.res.norm2(h) * (1 + scale) + shift
+        x = self.res.conv_shortcut(x) + self.res.conv2(F.silu(h))
+        if self.attention is not None:
+            x = self.attention(x)
+        if self.cross is not None:
+            places = self.cross(x.flatten(2).transpose(1, 2), *words)
+            x = places.transpose(1, 2).reshape(x.shape)
         return x
 
 class UNet(nn.Module):
-    """Residual blocks down and up with skip connections, attention at low resolutions (Ho et al. 2020)."""
-    def __init__(self, channels, side, num_classes, widths, blocks, attention_at, text=False,
-                 pointwise=False):
+    """Blocks down and up with skip connections, attention at low resolutions (Ho et al. 2020)."""
+    def __init__(self, channels, side, num_classes, cfg):
         super().__init__()
-        if side % 2 ** (len(widths) - 1):
-            raise SystemExit(f"error: {side} cannot be halved {len(widths) - 1} times: give fewer --widths")
-        c, d, groups, skips = widths[0], 4 * widths[0], groups_for(*widths), [widths[0]]
-        self.text, (self.t_embedder, self.y_embedder) = text, embedders(d, num_classes, text)
-        block = functools.partial(CondBlock, groups=groups, d=d, text=text, pointwise=pointwise)
+        if side % 2 ** (len(cfg.widths) - 1) > 0:
+            sys.exit(f"error: latents of side {side} can't be halved as --widths ask: give fewer")
+        text = cfg.condition == "text"
+        groups = groups_for(cfg.widths)
+        c = cfg.widths[0]
+        d = 4 * c
+        self.t_embedder = TimestepEmbedder(d)
+        self.y_embedder = TextEmbedder(d) if text else LabelEmbedder(num_classes, d)
+
+        def block(c_in, c_out, level):
+            attention = side // 2 ** level <= cfg.attention_at
+            return CondBlock(c_in, c_out, d, groups, 1 if cfg.pointwise else 3, attention, text)
+
+        skips = [c]
         self.first = nn.Conv2d(channels, c, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(widths):
-            if i:
-                self.down.append(downsample(c)), skips.append(c)
-            for _ in range(blocks):
-                self.down.append(block(c, width, side >> i <= attention_at)), skips.append(width)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(cfg.widths):
+            if level > 0:
+                self.down.append(Downsample(c))
+                skips.append(c)
+            for _ in range(cfg.blocks):
+                self.down.append(block(c, width, level))
+                skips.append(width)
                 c = width
-        self.middle = nn.ModuleList([block(c, c, at) for at in (True, False)])
-        for i, width in reversed(list(enumerate(widths))):
-            for _ in range(blocks + 1):
-                self.up.append(block(c + skips.pop(), width, side >> i <= attention_at))
+        self.middle = nn.ModuleList([block(c, c, level), block(c, c, level)])
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(cfg.widths))):
+            for _ in range(cfg.blocks + 1):
+                self.up.append(block(c + skips.pop(), width, level))
                 c = width
-            if i:
+            if level > 0:
                 self.up.append(Upsample(c))
-        self.last = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
-        nn.init.zeros_(self.last[2].weight), nn.init.zeros_(self.last[2].bias)
+        self.norm = norm(c, groups)
+        self.last = zeroed(nn.Conv2d(c, channels, 3, padding=1))
+
     def forward(self, x, t, y):
-        c, words = self.y_embedder(y) if self.text else (self.y_embedder(y), None)
-        c, x = self.t_embedder(t) + c, self.first(x)
+        label, words = self.y_embedder(y)
+        c = self.t_embedder(t) + label
+        x = self.first(x)
         skips = [x]
         for layer in self.down:
             x = layer(x, c, words) if isinstance(layer, CondBlock) else layer(x)
@@ -321,390 +390,425 @@ class UNet(nn.Module):
         for layer in self.middle:
             x = layer(x, c, words)
         for layer in self.up:
-            x = layer(x) if isinstance(layer, Upsample) else layer(torch.cat([x, skips.pop()], 1), c, words)
-        return self.last(x)
+            if isinstance(layer, CondBlock):
+                x = layer(torch.cat([x, skips.pop()], dim=1), c, words)
+            else:
+                x = layer(x)
+        return self.last(F.silu(self.norm(x)))
 
-# ---- the DiT -----------------------------------------------------------------------------------------------
+# ---- the DiT (Peebles and Xie 2023), with the names of facebookresearch/DiT --------------------
 def positions(d, side):
-    """Fixed sines and cosines on a square grid -> [1, side * side, d]: half of d by column, half by row."""
-    angles = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(d // 4) / (d // 4))
+    """Fixed sines and cosines [1, side * side, d]: half of d by column, half by row."""
+    frequencies = 10000.0 ** -(torch.arange(d // 4) / (d // 4))
+    angles = torch.arange(side)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)[None]
+    columns = line.repeat(side, 1)
+    rows = line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1)[None]
+
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
-class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: tokens x [b, n, d], conditioning c [b, d] -> [b, n, d]."""
-    def __init__(self, d, heads, gelu="none", text=False):
+class SelfAttention(nn.Module):
+    def __init__(self, d, heads):
         super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(d, 3 * d)
+        self.proj = nn.Linear(d, d)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))         # [b, n, 3, heads, d / heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: tokens x [b, n, d], conditioning c [b, d]."""
+    def __init__(self, d, heads, text, gelu):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(d, heads)
         self.cross = CrossAttention(d, heads) if text else None
-        self.heads, self.attn = heads, nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
-        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.mlp = named(fc1=nn.Linear(d, 4 * d), act=nn.GELU(gelu), fc2=nn.Linear(4 * d, d))
+        self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(collections.OrderedDict(
+            fc1=nn.Linear(d, 4 * d), act=nn.GELU(gelu), fc2=nn.Linear(4 * d, d)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
-    def attention(self, x):
-        qkv = self.attn.qkv(x).unflatten(2, (3, self.heads, -1))                # [b, n, 3, heads, d / heads]
-        return self.attn.proj(attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
+
     def forward(self, x, c, words):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
-        x = self.cross(x, *words) if self.cross else x
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if self.cross is not None:
+            x = self.cross(x, *words)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-class DiT(nn.Module):
-    """Diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748), with the names of facebookresearch/DiT,
-    whose `gelu` is "tanh"."""
-    def __init__(self, channels, side, num_classes, size="B/2", gelu="none", text=False):
+class FinalLayer(nn.Module):
+    def __init__(self, d, out):
         super().__init__()
-        if size not in [f"{name}/{p}" for name in DIT_SIZES for p in range(1, side + 1) if side % p == 0]:
-            raise SystemExit(f"error: --dit {size}: expected {', '.join(DIT_SIZES)} / a divisor of {side}")
-        (d, depth, heads), p = DIT_SIZES[size.split("/")[0]], int(size.split("/")[1])
-        self.x_embedder = named(proj=nn.Conv2d(channels, d, p, stride=p))
-        self.text, (self.t_embedder, self.y_embedder) = text, embedders(d, num_classes, text)
-        self.register_buffer("pos_embed", positions(d, side // p))
-        self.blocks = nn.ModuleList(DiTBlock(d, heads, gelu, text) for _ in range(depth))
         self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
-        self.final_layer = nn.ModuleDict({"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
-                                          "linear": nn.Linear(d, p * p * channels)})
-        for module in [*self.blocks.modules(), self.x_embedder.proj]:
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1)), nn.init.zeros_(module.bias)
-        for zero in [*(block.adaLN_modulation[1] for block in self.blocks),
-                     *(block.cross.to_out for block in self.blocks if text),
-                     self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
+        self.linear = nn.Linear(d, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+class DiT(nn.Module):
+    def __init__(self, channels, side, num_classes, cfg):
+        super().__init__()
+        name, _, patch = cfg.dit.partition("/")
+        if name not in DIT_SIZES or not patch.isdigit() or side % int(patch) > 0:
+            sys.exit(f"error: --dit {cfg.dit}: expected {', '.join(DIT_SIZES)} / divisor of {side}")
+        d, depth, heads = DIT_SIZES[name]
+        text = cfg.condition == "text"
+        self.patch = int(patch)
+        patches = nn.Conv2d(channels, d, self.patch, stride=self.patch)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        self.t_embedder = TimestepEmbedder(d)
+        self.y_embedder = TextEmbedder(d) if text else LabelEmbedder(num_classes, d)
+        self.register_buffer("pos_embed", positions(d, side // self.patch))
+        # the published ones have the approximation, which is slower on CPUs
+        gelu = "tanh" if cfg.objective in PUBLISHED else "none"
+        self.blocks = nn.ModuleList([DiTBlock(d, heads, text, gelu) for _ in range(depth)])
+        self.final_layer = FinalLayer(d, self.patch ** 2 * channels)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        # every block starts as the identity, and the output as zero
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        zero += [block.cross.to_out for block in self.blocks if block.cross is not None]
+        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for layer in zero:
+            zeroed(layer)
+
     def forward(self, x, t, y):
-        c, words = self.y_embedder(y) if self.text else (self.y_embedder(y), None)
-        c, x = self.t_embedder(t) + c, self.x_embedder(x)
-        (b, _, h, w), dtype = x.shape, x.dtype                                  # [b, d, h / p, w / p]
-        x = x.flatten(2).transpose(1, 2).contiguous()       # else all that follows is strided, and slower
-        x = x + self.pos_embed.to(dtype)                                        # [b, n, d], bf16 if autocast
+        b, channels, h, w = x.shape
+        label, words = self.y_embedder(y)
+        c = self.t_embedder(t) + label
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2)      # [b, n, d], bf16 in autocast
+        x = x.contiguous() + self.pos_embed.to(x.dtype)             # all is slower if strided
         for block in self.blocks:
             x = block(x, c, words)
-        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=1)
-        x = self.final_layer.linear(modulate(self.norm_final(x), shift, scale)) # [b, n, p * p * c]
-        p = self.x_embedder.proj.stride[0]
-        return x.view(b, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * p, w * p)
+        x = self.final_layer(x, c)                                  # [b, n, patch^2 * channels]
+        x = x.view(b, h // self.patch, w // self.patch, self.patch, self.patch, channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, h, w)
 
-def build(config):
-    shape, text = (config.z_channels, config.side, len(config.classes)), config.condition == "text"
-    if config.model == "dit":
-        return DiT(*shape, config.dit, "tanh" if config.objective in ("ddpm", "sit") else "none", text)
-    return UNet(*shape, config.widths, config.blocks, config.attention_at, text, config.pointwise)
+# ---- denoisers, in and out ---------------------------------------------------------------------
+def build(cfg, channels, side, num_classes):
+    """model(x [b, channels, side, side], t [b] in [0, 1], y [b] or [b, WORDS]) -> like x"""
+    kind = DiT if cfg.model == "dit" else UNet
+    return kind(channels, side, num_classes, cfg)
 
-# ---- latents -----------------------------------------------------------------------------------------------
-class Latents:
-    """A file of records: latents[rows] is float16 [n, 2, c, h, w] and classes int64 [n], every view a row of
-    its own. Or ids int64 [n, WORDS] if `text`, without mirror images: words may speak of left and right."""
-    def __init__(self, file, labels, text=False):
-        try:
-            self.records = np.load(file, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise SystemExit(f"error: {file} is truncated or no array ({error}): remove it, to make it again")
-        self.labels, self.text, self.views = labels, text, 1 if text else self.records["moments"].shape[1]
-    def __len__(self):
-        return len(self.records) * self.views
-    def __getitem__(self, rows):
-        image, view = rows // self.views, (rows % self.views).numpy()
-        y = torch.from_numpy(self.records["words"][image.numpy()]).long() if self.text else self.labels[image]
-        return torch.from_numpy(self.records["moments"][image.numpy(), view]), y
+def read_published(file):
+    """A DiT's or SiT's file, whose layers' names are ours -> weights, without those that predict a
+    variance; the size as in "XL/2"; the side of its latents; the names of its classes"""
+    weights = read_weights(file)
+    if "x_embedder.proj.weight" not in weights or "pos_embed" not in weights:
+        sys.exit(f"error: {file} holds no DiT: there is no x_embedder.proj.weight or pos_embed")
+    d, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    depth = sum(name.endswith("attn.qkv.weight") for name in weights)
+    sizes = [name for name in DIT_SIZES if DIT_SIZES[name][:2] == (d, depth)]
+    if not sizes:
+        sys.exit(f"error: {file} is no DiT of a published size: {depth} blocks of width {d}")
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = weights[name].unflatten(0, (patch ** 2, -1))         # channels of mean, of variance
+        weights[name] = rows[:, :channels].flatten(0, 1)
+    side = patch * math.isqrt(weights["pos_embed"].shape[1])
+    classes = [str(k) for k in range(len(weights["y_embedder.embedding_table.weight"]) - 1)]
+    if len(classes) == 1000:
+        classes = ResNet50_Weights.DEFAULT.meta["categories"]
+    return weights, f"{sizes[0]}/{patch}", side, classes
+
+def load_run(file, device="cpu"):
+    """A diffusion.pt -> the denoiser with averaged weights, the VAE, and all that the file holds"""
+    state = load_checkpoint(file)
+    channels, side, _ = state["shape"]
+    cfg = argparse.Namespace(**state["config"])
+    model = build(cfg, channels, side, len(state["classes"]))
+    model.load_state_dict(state["ema"])
+    return model.to(device), load_vae(state).to(device), state
+
+# ---- latents -----------------------------------------------------------------------------------
+def latents_file(vae, train, views, cfg):
+    """A name by all that latents depend on, so that no others are taken for them."""
+    kind = type(vae.codes).__name__                 # FSQ bounds the latents
+    digest = hashlib.sha256(f"{cfg.data} {cfg.size} {views} {kind}".encode(errors="replace"))
+    for name, tensor in vae.state_dict().items():
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(tensor.cpu().numpy().tobytes())
+    for file in getattr(train, "paths", []):
+        size = os.path.getsize(file) if os.path.exists(file) else 0
+        digest.update(f"{file} {size}\n".encode(errors="surrogateescape"))
+    return f"latents_{digest.hexdigest()[:12]}.npy"
 
 @torch.no_grad()
-def encode(coder, pixels, views, autocast):
-    """uint8 images [n, 3, s, s] -> moments of their views, float16 [n, views, 2, c, h, w], in parts."""
-    parts = [data.to_float(part) for part in pixels.split(at_once(pixels.device, pixels.shape[-1]))]
-    with autocast:
-        moments = [torch.stack([torch.stack(coder.encode(x.flip(3) if view else x), 1)
-                                for view in range(views)], 1) for x in parts]
-    return torch.cat(moments).half()
-def at_once(device, size):
-    """How many images of that size to encode or decode at once."""
-    return max(1, PIXELS * (8 if device.type == "cuda" else 1) // size ** 2)
+def make_latents(file, shape, encode, dataset, device, autocast, workers, rank, world):
+    """Mean and log-variance of every image, and of its mirror image if there are two views, into a
+    file of float16 [n, views, 2, c, h, w]. Each process fills blocks of it, except those that an
+    earlier, stopped call has filled; it gets its name when it is whole."""
+    part = f"{file}.part"
+    if rank == 0 and not os.path.exists(part):
+        size = 2 * math.prod(shape)
+        if size > shutil.disk_usage(os.path.dirname(part)).free:
+            sys.exit(f"error: no room for {file} of {size / 1e9:.1f} GB")
+        np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+    wait()
+    latents = np.lib.format.open_memmap(part, "r+")
+    blocks = [range(k, min(k + 32, len(latents))) for k in range(0, len(latents), 32)]
+    blocks = [block for block in blocks[rank::world] if not latents[block[-1]].any()]   # still 0
+    printed = time.time()
+    batches = data.prefetch(dataset.__getitem__, blocks, workers)
+    for done, (block, (pixels, _)) in enumerate(zip(blocks, batches)):
+        x = data.to_float(pixels.to(device))
+        with autocast:
+            moments = [torch.stack(encode(x), dim=1)]
+            if shape[1] == 2:
+                moments.append(torch.stack(encode(x.flip(3)), dim=1))
+        latents[block[0]:block[-1] + 1] = torch.stack(moments, dim=1).half().cpu().numpy()
+        if time.time() - printed > 5:
+            printed = time.time()
+            print(f"encoding {block[-1] + 1:,}/{len(latents):,} images")
+    latents.flush()
+    del latents                                     # Windows renames no file that is mapped
+    wait()
+    if rank == 0 and os.path.exists(part):          # else another run has done it
+        os.replace(part, file)
+    wait()
 
-def measure(moments, device):
-    """The scale, 1 / std of z = mean + exp(logvar / 2) noise over all moments [n, views, 2, c, h, w]."""
-    sums, rows = torch.zeros(2, dtype=torch.float64), max(1, 2 ** 24 // moments[0].size)
-    for first in range(0, len(moments), rows):
-        data.say(f"measuring {first:,}/{len(moments):,}")
-        mean, logvar = torch.from_numpy(moments[first:first + rows]).to(device).float().unbind(2)
-        sums += torch.stack([mean.sum(), (mean.square() + logvar.exp()).sum()]).cpu().double()
-    mean, second = (sums / (moments.size / 2)).tolist()
-    return 1 / math.sqrt(second - mean ** 2)
+def measure_scale(latents):
+    """1 / std of z = mean + exp(logvar / 2) noise, over ten thousand images or all."""
+    some = latents[:: max(1, len(latents) // 10_000), 0].astype(np.float32)
+    mean = some[:, 0]
+    second = mean ** 2 + np.exp(some[:, 1])
+    return 1 / math.sqrt(second.mean() - mean.mean() ** 2)
 
-def write_latents(coder, train, name, device, autocast, workers):
-    """Encode every image and its mirror into one file -> its name: `name` and the scale. Each process makes
-    whole blocks, and the first appends them in order: an interrupted run goes on at the file's end."""
-    partial, header = f"{name}.npy.part", io.BytesIO()
-    side, views = train.size // coder.factor, 1 + train.flip
-    kind = np.dtype([("moments", "<f2", (views, 2, coder.z_channels, side, side)),     # mean, log-variance
-                     ("words", "<i2", (WORDS,))])
-    np.lib.format.write_array_header_1_0(header, {
-        "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(train),)})
-    block, head, row = min(len(train), 4 * at_once(device, train.size)), len(header.getvalue()), kind.itemsize
-    done, file = 0, open(partial, "ab") if data.RANK == 0 else None
-    if file:
-        data.lock(file)
-        if len(train) * row > shutil.disk_usage(os.path.dirname(name)).free:
-            raise SystemExit(f"error: {name} takes {len(train) * row / 1e9:.3g} GB, more than is free there")
-        done = max(0, file.tell() - head) // (row * block) * block      # whole blocks
-        file.truncate(done and head + row * done)
-        file.write(b"" if done else header.getvalue())
-    firsts, began = range(data.from_first(done), len(train), block * data.WORLD), time.perf_counter()
-    plan = (torch.arange(block).add(first + data.RANK * block).clamp(max=len(train) - 1) for first in firsts)
-    for first, (pixels, words) in zip(firsts, data.feed(Captions(train), plan, device, workers)):
-        moments, words = data.gather(encode(coder, pixels, views, autocast)), data.gather(words)
-        if file:
-            records = np.empty(min(len(moments), len(train) - first), kind)
-            records["moments"], records["words"] = moments[:len(records)], words[:len(records)]
-            try:
-                file.write(records.tobytes()), file.flush()
-            except OSError as error:
-                raise SystemExit(f"error: cannot write {partial}: {error.strerror}; what it has is kept")
-            done = first + len(records)
-            rate = (done - firsts[0]) / (time.perf_counter() - began)
-            data.say(f"encoding {done:,}/{len(train):,}  {rate:.1f} images/s", done == len(train))
-        if stop := data.stop_asked():
-            data.leave(stop, "the latents made so far are kept; run again to go on")
-    if file:
-        os.fsync(file.fileno()), file.close()
-        moments = np.load(partial, mmap_mode="c")["moments"]    # writable, as torch wants it, on no disk
-        name = f"{name}_{measure(moments, device):.8g}.npy"
-        os.replace(partial, name)
-    return data.from_first(name)
+@torch.no_grad()
+def decode(vae, z, scale, shift):
+    """Scaled latents [n, c, h, w] -> uint8 images, in float32, a million pixels at a time."""
+    at_once = max(1, 2 ** 20 // (vae.factor * z.shape[-1]) ** 2)
+    with torch.autocast(z.device.type, enabled=False):
+        parts = [vae.decode(part / scale + shift) for part in z.split(at_once)]
+    return torch.cat([data.to_uint8(part) for part in parts])
 
-def precompute(coder, train, folder, device, autocast, workers):
-    """The file of latents in `folder`, made if it is not there -> its name and the scale, its name's end. It
-    begins with a hash of VAE, dataset and size: other latents are never found."""
-    some = [Captions(train).caption(row) for row in range(0, len(train), -(-len(train) // 100))]
-    digest = hashlib.sha256(f"{train.identity()} {train.size} {some}".encode(errors="surrogateescape"))
-    for key, tensor in coder.state_dict().items():
-        digest.update(key.encode() + tensor.cpu().numpy().tobytes())
-    name = f"{folder}/latents_{digest.hexdigest()[:12]}"
-    found = glob.glob(glob.escape(name) + "_*.npy")
-    name, found = data.from_first((name, found))                        # as the first process sees them
-    file = found[0] if found else write_latents(coder, train, name, device, autocast, workers)
-    if older := [other for other in glob.glob(f"{glob.escape(folder)}/latents_*") if other != file]:
-        print(f"latents of other VAEs or datasets, to be deleted if no run needs them: {', '.join(older)}")
-    return file, float(file[len(name) + 1:-len(".npy")])
+# ---- training ----------------------------------------------------------------------------------
+def draw_times(n, cfg, source):
+    """Times in [0, 1), evenly spread over the batch (Kingma et al. 2021), then shaped."""
+    offset = torch.rand(1, device=source.device, generator=source)
+    t = (offset + torch.arange(n, device=source.device) / n) % 1
+    if cfg.times == "logit-normal":                                 # Esser et al. 2024
+        normal = math.sqrt(2) * torch.erfinv(2 * t - 1)
+        t = normal.sigmoid()
+    t = cfg.times_shift * t / (1 + (cfg.times_shift - 1) * t)       # likewise, eq. 23
+    if cfg.objective == "ddpm":                                     # steps 1 to 1000
+        t = ((1000 * t).floor() + 1).clamp(max=1000) / 1000
+    return t * first_time(cfg.objective)
 
-# ---- training ----------------------------------------------------------------------------------------------
-def draw(cfg, step, batch, device):
-    """All noise of an update, the same for any number of processes and micro-steps -> of the latents and the
-    path [batch, c, h, w]; times, and which labels are dropped [batch]"""
-    source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
-    z_noise, e = torch.randn(2, batch, cfg.z_channels, cfg.side, cfg.side, device=device, generator=source)
-    offset, dropout = torch.rand(2, batch, device=device, generator=source)
-    t = (offset[0] + torch.arange(batch, device=device) / batch) % 1    # evenly spread (Kingma et al. 2021)
-    if cfg.times == "logit-normal":                                     # Esser et al. 2024
-        t = (math.sqrt(2) * torch.erfinv((2 * t - 1).clamp(-0.999998, 0.999998))).sigmoid()
-    odds = cfg.times_shift or (2 if cfg.condition == "text" else 1)     # likewise, eq. 23
-    t = odds * t / (1 + (odds - 1) * t)
-    if cfg.objective == "ddpm":                                         # steps 1 to 1000
-        t = (t * 1000).floor().add(1).clamp(max=1000) / 1000
-    return z_noise, e, t * first_time(cfg.objective), dropout < cfg.label_dropout
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """The decay is lower at first, so that the start is soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-def update_ema(ema, model, decay, step, every=1):
-    """ema = d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)) ** every: the start fades."""
-    averages = list(ema.parameters())
-    weights = [p.detach().to(averages[0].device) for p in model.parameters()]
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)) ** every)
+def learning_rate(step, cfg):
+    warmup = min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+    return warmup * (cfg.lr_end + (cfg.lr - cfg.lr_end) * cosine(step / cfg.max_steps))
 
-def one_latent(cfg):
-    """A forward and backward pass, for `vae.report`."""
-    x, t = torch.empty(1, cfg.z_channels, cfg.side, cfg.side), torch.zeros(1)
-    y = torch.zeros(1, WORDS) if cfg.condition == "text" else t
-    diffusion_loss(build(cfg), cfg.objective, x, x, t, y.long()).mean().backward()
+def noise_by_row(rows, shape, seed, device):
+    """-> a function that draws noise [n, *shape]; image i's is a function of (seed, i) alone"""
+    sources = [torch.Generator().manual_seed((seed * 10_000_019 + int(i)) % 2 ** 64) for i in rows]
 
-def noise_of(rows, shape, seed, device):
-    """-> a function that draws noise [n, *shape]; image i of `rows` has a generator seeded by (seed, i)."""
-    generators = [torch.Generator().manual_seed(seed * 10_000_019 + i) for i in rows]
-    return lambda: torch.stack([torch.randn(shape, generator=one) for one in generators]).to(device)
-
-def decode(coder, z, scale, shift=0.0):
-    """Scaled latents [n, c, h, w] -> images uint8 [n, 3, f*h, f*w], decoded in float32, a few at a time."""
-    parts = z.split(at_once(z.device, coder.factor * z.shape[-1]))
-    return torch.cat([data.to_uint8(coder.decode(denormalise(part, scale, shift))) for part in parts])
-
-def published(path, objective):
-    """A DiT's or SiT's weights, whose names are ours -> what a diffusion.pt says of them. Of the last layer's
-    outputs (p, q, 2c) the latter c, a learned variance, are left out."""
-    weights = read_weights(path)
-    if objective not in ("ddpm", "sit"):
-        raise SystemExit(f"error: {path} learned --objective ddpm, if it is a DiT, or sit, not {objective}")
-    try:
-        (d, c, p, _), places = weights["x_embedder.proj.weight"].shape, weights["pos_embed"].shape[1]
-        classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-        depth = sum(name.endswith("attn.qkv.bias") for name in weights)
-        size, = (name for name in DIT_SIZES if DIT_SIZES[name][:2] == (d, depth))
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            weights[name] = weights[name].unflatten(0, (p * p, -1))[:, :c].flatten(0, 1)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"error: {path} holds no DiT of a published size: {error}")
-    names = ResNet50_Weights.DEFAULT.meta["categories"] if classes == 1000 else [*map(str, range(classes))]
-    config = dict(preset="imagenet", dit=f"{size}/{p}", objective=objective, z_channels=c, cfg=4.0,
-                  side=math.isqrt(places) * p, classes=names, data="published")
-    return {"config": config, "step": 0, "ema": weights}
-
-def load(path, device="cpu", objective="", coder=""):
-    """A run's, or with `objective` a published denoiser; its VAE, or the file `coder`'s; the checkpoint."""
-    state = published(path, objective) if objective else data.load_checkpoint(path, "diffusion.py")
-    if coder:
-        other = open_vae(coder)
-        state = {"scale": other["config"].get("scale"), "shift": other["config"].get("shift", 0.0), **state,
-                 "vae": other["vae"], "vae_config": other["config"]}
-    run = data.settings(globals(), {}, state=state)             # with what an older one does not say
-    state["config"], model, coder = vars(run), build(run), load_vae(state, device)
-    data.restore({"ema": model}, state)
-    if coder.z_channels != state["config"]["z_channels"]:
-        raise SystemExit(f"error: the VAE has {coder.z_channels} latent channels, {path} another number")
-    state["config"]["size"] = state["config"]["side"] * coder.factor
-    return model.to(device).eval().requires_grad_(False), coder, state
-
-def find(given):
-    """What the flags mean -> the run's folder, its checkpoint with --resume, else None, and the VAE's."""
-    home = data.folder_of(given["data"]) if "data" in given else ""
-    out = given.get("out", home)
-    if given.get("resume"):
-        path = f"{out}/diffusion.pt" if out else data.newest("diffusion.pt", "diffusion.py")
-        state = data.begin(path, given, "diffusion.py")
-        return os.path.dirname(path), state, state
-    path = given.get("vae") or f"{out}/vae.pt"
-    if "vae" not in given and not os.path.exists(path):
-        path = f"{home}/vae.pt" if home else data.newest("vae.pt", "vae.py")
-    found = open_vae(path) if "vae" in given else data.load_checkpoint(path, "vae.py")
-    if "data" not in found["config"]:                   # published
-        if not home:
-            raise SystemExit(f"error: {path} does not say which images to encode: give --data")
-        found["config"] |= {"data": given["data"], "data_dir": "", "size": 256, "preset": given["data"]}
-    print(f"taking the VAE of {path}" + f", {found['step']:,} updates" * bool(found["step"]))
-    out = out or os.path.dirname(path)
-    return out, data.begin(f"{out}/diffusion.pt", given, "diffusion.py"), found
+    def noise():
+        return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)
+    return noise
 
 def main(argv=None):
-    given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
+    cfg, state = settings(argv)
+    rank, world, device, autocast, compiled = setup(cfg)
+    micro, steps = share_out(cfg, world)
+    file = f"{cfg.out}/diffusion.pt"
+    text = cfg.condition == "text"
+    vae = load_vae(state).to(device)
+    scale = state["scale"]                          # None: to be measured
+    shift = state["shift"]
+    prompts = []
+    if cfg.init:
+        weights, cfg.dit, side, names = read_published(cfg.init)
+        classes = names
+        cfg.model = "dit"
+        if cfg.max_steps == 0:
+            cfg.size = side * vae.factor
+    if compiled and cfg.model == "dit" and micro == 1:
+        sys.exit("error: torch.compile drops gradients of a DiT with a micro-batch of 1 (pytorch "
+                 "#193061): give --micro-batch 2 or --no-compile")
+    side = cfg.size // vae.factor
+    shape = (vae.z_channels, side, side)
 
-    # the VAE, its own settings and the run's
-    if given.get("bench"):
-        out, state, coder_cfg = "", None, data.settings(vars(vae), {}, given.get("preset", "shapes"))
-        coder = vae.build(coder_cfg)
-    else:
-        out, state, found = find(given)
-        coder, coder_cfg = load_vae(found), argparse.Namespace(**found.get("vae_config", found["config"]))
-    cfg = data.settings(globals(), given, coder_cfg.preset, state)
-    for key in ("data", "data_dir", "size"):
-        setattr(cfg, key, getattr(cfg, key) or getattr(coder_cfg, key))
-    device, autocast = data.start(cfg)
-    micro, steps = data.share(cfg, world)
-    coder, batch, text = coder.to(device), micro * steps * world, cfg.condition == "text"
-    cfg.out, cfg.z_channels, cfg.side = out, coder.z_channels, cfg.size // coder.factor
-    shape = cfg.z_channels, cfg.side, cfg.side
-
-    # latents
-    if cfg.bench:
-        moments = torch.randn(256, 2, *shape, dtype=torch.float16)
-        y = np.ones((256, WORDS), int) if text else range(256)
-        latents, scale = data.Images(range(1000), y, cfg.side, moments), 1.0
-        cfg.classes, cfg.max_steps, cfg.log_every = latents.classes, 20, 1
-    else:
-        data.catch_signals()
-        folder, known = data.folder_of(cfg.data), coder_cfg if cfg.data == coder_cfg.data else cfg
-        os.makedirs(out, exist_ok=True), os.makedirs(folder, exist_ok=True)
-        train, val = data.load(cfg.data, cfg.data_dir, cfg.size, getattr(known, "classes", ()))
-        if cfg.compile and device.type == "cuda":
-            coder.encode = torch.compile(coder.encode, dynamic=False)   # chooses channels-last by itself
-        file, scale = precompute(coder, train, folder, device, autocast, cfg.workers)
-        latents, cfg.classes = Latents(file, train.labels, text), train.classes
-        cfg.prompts = [Captions(val).caption(row) for row in range(min(1000, len(val)) if text else 0)]
-    scale = cfg.scale or vars(coder_cfg).get("scale") or scale
-    shift, null = cfg.shift or vars(coder_cfg).get("shift", 0.0), 0 if text else len(cfg.classes)
+    # images and their labels; published weights that are only to be converted take none
+    if cfg.max_steps > 0:
+        train, val = data.load(cfg.data, cfg.size)
+        classes = train.classes
+        labels = torch.as_tensor(train.targets)
+        if text:
+            captions = [train.caption(i) for i in range(len(train))]
+            prompts = [val.caption(i) for i in range(min(1000, len(val)))]
+            labels = tokenize(captions)
+            found = sum(caption != classes[y] for caption, y in zip(captions, train.targets))
+            print(f"captions beside {found:,} of {len(train):,} images, else the class's name; "
+                  f"{WORDS} words of each are read")
+    null = tokenize([""]) if text else torch.tensor([len(classes)])
+    null = null.to(device)
 
     # denoiser
     torch.manual_seed(cfg.seed)
-    if cfg.init and not state:
-        init = published(cfg.init, cfg.objective)
-        cfg.model, cfg.dit = "dit", init["config"]["dit"]
-    model, (home, every) = build(cfg).to(device), ("cpu", 10) if cfg.ema_on_cpu else (device, 1)
-    ema = copy.deepcopy(model).to(home).requires_grad_(False)
-    groups = [{"params": [p for name, p in model.named_parameters() if (".layers." in name) == words]}
-              for words in (False, True)]                       # the second: the transformer over words
-    opt = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
-    trained = {"model": model, "ema": ema, "opt": opt, "vae": coder}
-    if state:
-        data.restore(trained, state)
-    elif cfg.init:
-        if text or len(init["config"]["classes"]) != null:      # what knows of classes or words starts anew
-            init["ema"] |= {name: tensor for name, tensor in model.state_dict().items()
-                            if "y_embedder." in name or ".cross." in name}
-        data.restore({"model": model, "ema": ema}, init | {"model": init["ema"]})
-    start, n = state["step"] if state else 0, sum(p.numel() for p in model.parameters())
-    print(f"{cfg.model} {cfg.dit if cfg.model == 'dit' else cfg.widths} of {n:,} parameters, {cfg.objective} "
-          f"by {cfg.condition}; {len(latents):,} latents {shape}, scale {scale:.4f}, shift {shift:g}; "
-          f"{cfg.max_steps:,} updates of {world} x {steps} x {micro}, {device}{', bf16' * cfg.bf16}")
-    if cfg.grad_checkpoint:
-        recompute(model, ResBlock, DiTBlock)
-    if cfg.compile:
-        model.compile(dynamic=False)                            # in place: the names of the weights stay
+    model = build(cfg, *shape[:2], len(classes)).to(device)
+    if cfg.init and not cfg.resume:
+        if text or len(names) != len(classes):
+            # what knows of classes or words starts anew
+            weights |= {name: tensor for name, tensor in model.state_dict().items()
+                        if name.startswith("y_embedder.") or ".cross." in name}
+        weights["pos_embed"] = model.pos_embed      # of this side
+        model.load_state_dict(weights)
+    ema = copy.deepcopy(model)
+    groups = [{"params": []}, {"params": []}]       # the second: the transformer over words
+    for name, p in model.named_parameters():
+        groups[name.startswith("y_embedder.layers.")]["params"].append(p)
+    opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    start = 0
+    if cfg.resume:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        opt.load_state_dict(state["opt"])
+        start = state["step"]
+        print(f"going on with {file} from update {start:,}")
+    config = {name: value for name, value in vars(cfg).items() if name not in CALL}
+
+    def save(step):
+        save_checkpoint(file, {
+            "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
+            "step": step, "config": config, "vae": vae.state_dict(),
+            "vae_config": state.get("vae_config", state["config"]), "shape": shape,
+            "classes": classes, "prompts": prompts, "scale": scale, "shift": shift})
+
     def picture(step):
-        shown = min(10, len(cfg.prompts) if text else null)
-        y = torch.arange(cfg.samples) % shown
-        y = (tokens(cfg.prompts)[y] if text else y * (null // shown)).to(device)
-        noise = noise_of(range(len(y)), shape, cfg.seed, device)
-        ema.to(device)                                          # into the memory of the gradients, none now
+        known = tokenize(prompts) if text else torch.arange(len(classes))
+        columns = min(10, len(known))
+        y = known[:: len(known) // columns][torch.arange(cfg.samples) % columns]
+        noise = noise_by_row(range(cfg.samples), shape, cfg.seed, device)
         with autocast:
-            *_, z = sample(ema, cfg.objective, noise, y, null, cfg.sample_steps, cfg.cfg, churn=cfg.churn)
-        ema.to(home)
-        drawn = data.grid(decode(coder, z, scale, shift), shown)
-        data.replace_file(f"{out}/samples_{step:06d}.png", lambda f: drawn.save(f, "png"))
+            for z in sample(ema, cfg.objective, noise, y.to(device), null, cfg.sample_steps,
+                            cfg.cfg, cfg.churn):
+                pass
+        data.grid(decode(vae, z, scale, shift), columns).save(f"{cfg.out}/samples_{step:06d}.png")
 
-    log = Log("" if cfg.bench else f"{out}/diffusion.csv", start, cfg.max_steps)
-    plan = data.schedule(len(latents), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
-    batches = data.feed(latents, plan, device, cfg.workers)
+    os.makedirs(cfg.out, exist_ok=True)
+    if cfg.max_steps == 0:
+        save(0)
+        return print(f"{file}: the weights of {cfg.init}")
+
+    # latents
+    views = 2 if train.mirror and not text else 1               # captions know left from right
+    latents_path = f"{cfg.latents}/{latents_file(vae, train, views, cfg)}"
+    if not os.path.exists(latents_path):
+        os.makedirs(cfg.latents, exist_ok=True)
+        encode = torch.compile(vae.encode, dynamic=False) if compiled else vae.encode
+        make_latents(latents_path, (len(train), views, 2, *shape), encode, train, device,
+                     autocast, cfg.workers, rank, world)
+    latents = np.load(latents_path, mmap_mode="r")
+    scale = scale or measure_scale(latents)
+    print(f"{cfg.model} of {sum(p.numel() for p in model.parameters()):,} parameters on {device}, "
+          f"{len(latents) * views:,} latents {shape}, scale {scale:.4f}, shift {shift:g}; "
+          f"{world} x {steps} x {micro} an update")
+    if cfg.grad_checkpoint:
+        recompute(model, (CondBlock, DiTBlock))
+    if compiled:
+        model.compile(dynamic=False)                # in place: the names of the weights stay
+
+    def read(row):
+        image, view = divmod(int(row), views)
+        return np.array(latents[image, view]), labels[image]
+
+    rows = data.micro_batches(len(latents) * views, micro, start * steps, rank, world, cfg.seed)
+    batches = data.prefetch(read, rows, cfg.workers)
+    if rank == 0:
+        log = Log(f"{cfg.out}/diffusion.csv", start, cfg.max_steps)
+    caught = catch_signals()
+    clock = time.time()
+    logged = start
     for step in range(start, cfg.max_steps):
-        # learning rate
-        lr = min(1, (step + 1) / max(1, cfg.lr_warmup)) * cosine(cfg.lr, cfg.lr_min, step / cfg.max_steps)
-        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = lr, min(lr, WORDS_LR)
+        # learning rate; the transformer over words wants a small one
+        lr = learning_rate(step, cfg)
+        opt.param_groups[0]["lr"] = lr
+        opt.param_groups[1]["lr"] = min(lr, 3e-4)
 
-        # micro-steps
-        z_noise, e, t, dropped = draw(cfg, step, batch, device)
-        losses = torch.zeros(batch, device=device)
+        # all randomness of an update at once, by (seed, step), and each process takes its rows
+        source = generator(device, cfg.seed, step)
+        split = (steps, world, micro)
+        z_noise, e = torch.randn(2, *split, *shape, device=device, generator=source)[:, :, rank]
+        t = draw_times(cfg.batch_size, cfg, source).view(split)[:, rank]
+        dropped = torch.rand(split, device=device, generator=source)[:, rank] < cfg.label_dropout
+
+        quarters = torch.zeros(2, 4, device=device)                 # of t: sum of losses, count
         for k in range(steps):
-            rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
             moments, y = next(batches)
-            mean, logvar = moments.float().unbind(1)
-            x0 = normalise(mean + (logvar / 2).exp() * z_noise[rows], scale, shift)
-            y = torch.where(dropped[rows].view(-1, *[1] * (y.ndim - 1)), null, y)
+            mean, logvar = moments.to(device).float().unbind(dim=1)
+            z = mean + (0.5 * logvar).exp() * z_noise[k]
+            x0 = (z - shift) * scale
+            y = y.to(device)
+            y[dropped[k]] = null
             with autocast:
-                loss = diffusion_loss(model, cfg.objective, x0, e[rows], t[rows], y)
-            (loss.mean() / steps).backward()
-            losses[rows] = loss.detach()
+                losses = diffusion_loss(model, cfg.objective, x0, e[k], t[k], y)
+            (losses.mean() / steps).backward()
+            quarter = (4 * t[k]).long().clamp(max=3)
+            quarters[0].index_add_(0, quarter, losses.detach())
+            quarters[1].index_add_(0, quarter, torch.ones_like(losses))
 
-        # clip, step, average the weights
-        norms, unsound = vae.update([(model, opt)], cfg.clip)
-        log.skipped, log.streak = log.skipped + unsound, (log.streak + 1) * unsound
-        if rank == 0 and (step + 1) % every == 0:
-            update_ema(ema, model, cfg.ema, step, every)
+        # update
+        average_gradients(model)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        opt.step()
+        opt.zero_grad()
+        update_ema(ema, model, cfg.ema, step)
 
-        # checkpoint, picture
-        step, stop = step + 1, data.stop_asked()                        # updates done
-        due = not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps)
-        with log.pause():
-            if due or stop:
-                data.save_checkpoint(f"{out}/diffusion.pt", "diffusion.py", cfg, step, trained, scale=scale,
-                                     shift=shift, vae_config=vars(coder_cfg))
-            if due and rank == 0 and cfg.samples:
-                picture(step)
+        # what is due: all processes must agree on it
+        done = step + 1
+        stop = total(torch.tensor(len(caught))) > 0
+        log_due = done % cfg.log_every == 0 or done == cfg.max_steps
+        save_due = done % cfg.eval_every == 0 or done == cfg.max_steps
+        if (log_due or save_due or stop) and not grad_norm.isfinite():
+            sys.exit("error: the loss is not finite: --resume with a lower --lr, or --no-bf16")
+
+        # checkpoint and picture
+        if rank == 0 and (save_due or stop):
+            began = time.time()
+            save(done)
+            if save_due and cfg.samples > 0:
+                picture(done)
+            clock += time.time() - began            # does not count in images/s
+        if stop:
+            wait()                                  # the first process may be saving
+            sys.exit(f"stopped, and saved update {done:,} to {file}: go on with --resume")
 
         # log
-        if step % cfg.log_every == 0 or step == cfg.max_steps:
-            losses = data.total(losses)
-            figures = {"loss": losses.mean().item(), "norm": norms.item(), "lr": lr}
-            figures |= {f"loss_t{q + 1}/4": losses[(t * 4).long() == q].mean().item() for q in range(4)}
-            log.row(step, batch, ("loss", "norm"), **figures)
-        if stop:
-            data.leave(stop, f"saved at step {step:,}; go on with --resume")
-    if cfg.bench:
-        return vae.report(log.seconds, batch, one_latent, cfg, device)
-    print(f"{out}/diffusion.pt, {os.path.getsize(f'{out}/diffusion.pt') / 1e6:,.0f} MB with the VAE")
+        if log_due:
+            sums, counts = total(quarters).tolist()
+            row = {"step": done, "loss": sum(sums) / sum(counts)}
+            row |= {"norm": grad_norm.item(), "lr": lr}
+            for k in range(4):
+                row[f"loss_t{k + 1}/4"] = sums[k] / max(counts[k], 1)
+            row["seconds"] = (time.time() - clock) / (done - logged)
+            row["images/s"] = cfg.batch_size / row["seconds"]
+            clock = time.time()
+            logged = done
+            if rank == 0:
+                log.write(row, ["loss", "norm", "images/s"])
+
+    print(f"{file}: {cfg.max_steps:,} updates")
+    if world > 1:
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
-    data.guard(main)
+    main()

@@ -1,278 +1,506 @@
 """Stage one: a KL-VAE trained against a PatchGAN (Rombach et al. 2022, arXiv:2112.10752).
 
-    python vae.py                           # shapes
-    python vae.py --data imagenet           # data/imagenet/train/<wnid>/*.JPEG
-    torchrun --nproc-per-node 8 vae.py --data imagenet
+    python vae.py                                   # shapes
+    python vae.py --data imagenet                   # data/imagenet/train/<wnid>/*.JPEG
+    python vae.py --eval --png scored               # PSNR and SSIM of what was trained
 
-Writes out/<data>/: vae.pt, vae.csv (every loss and its share) and recon_*.png (images above, reconstructions
-below). On two CPU cores the default takes 152 seconds and ends at a val_psnr of 34.5 dB.
+Writes vae.pt, vae.csv and recon_*.png (images above, reconstructions below) to out/<data>/.
 """
-import argparse, collections, contextlib, functools, json, math, os, pathlib, re, sys, time, timeit
+import argparse
+import csv
+import ctypes
+import functools
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VGG16_Weights, vgg16
+from torchvision.transforms.functional import normalize
 
 import data
 
-# ------------------------------------------------------------------------------------------------------------
-# run
-DATA = "shapes"             # shapes, cifar10, imagenet, or a folder of images
-DATA_DIR = ""               # where a named dataset lies; empty: data/<name>
-PRESET = ""                 # one of shapes, cifar10, cifar10-small, imagenet; the row below, empty: by --data
-SIZE = 32                   # from 1; pixels a side
-OUT = ""                    # the run's folder; empty: out/<data>
-MAX_STEPS = 1800            # from 1; updates of the VAE, and of the discriminator
-BATCH_SIZE = 8              # from 1; images per micro-step, over all processes
-ACCUM = 1                   # from 1; micro-steps per update
-EVAL_EVERY = 900            # from 1; updates between validations, pictures and checkpoints
-EVAL_IMAGES = 1000          # from 1; validation images used, the same ones each time
-LOG_EVERY = 10              # from 1; updates between rows of the log
-SEED = 0                    # from 0; of the weights, the order of the images and all noise
-RESUME = False              # go on from the run's checkpoint
-OVERWRITE = False           # start again on top of a run
-INIT = ""                   # a vae.pt or published weights to start from, which also decide the shape
-TRAIN_ONLY = ""             # one of decoder; leave the rest of the VAE, and so all latents, as they are
-# model
-WIDTHS = (32, 64, 64)       # from 1; channels at each resolution, one halving between neighbours
-BLOCKS = 1                  # from 1; residual blocks at each resolution (the decoder has one more)
-Z_CHANNELS = 6              # from 1; of the latent
-ATTENTION = False           # self-attention at the lowest resolution
-BOTTLENECK = "kl"           # one of kl, vq, fsq; noise and a KL loss, or codes: see the section below the VAE
-CODES = 512                 # from 2; vq: codes in the book
-CODE_WIDTH = 2              # from 1; vq: channels of a code, so that a place has z_channels / this of them
-LEVELS = 16                 # from 2; fsq: values that a channel can take
-DISC_WIDTH = 32             # from 4; channels of the discriminator's first layer
-# loss
-L1_WEIGHT = 0.0             # from 0 to 1; pixel loss = (1 - this) * mse + this * l1
-KL_WEIGHT = 2e-3            # from 0; on the KL per latent element, after the warmup
-KL_WARMUP = 0.2             # from 0 to 1; share of the updates over which the KL's weight grows from 0
-ADV_WEIGHT = 0.02           # from 0; on the adversarial loss, after the warmup
-ADV_WARMUP = 0.4            # from 0 to 1; share of the updates over which the adversarial weight grows from 0
-FM_WEIGHT = 0.1             # from 0; on feature matching
-GAN_LOSS = "bce"            # one of bce, hinge
-PERCEPTUAL_WEIGHT = 0.0     # from 0; on VGG16 features, whose 528 MB torchvision downloads
-# optimiser
-LR = 1e-3                   # from 0; VAE: AdamW, cosine decay
-LR_MIN = 1e-7               # from 0; where the cosine ends
-DISC_LR = 1e-3              # from 0; discriminator
-DISC_LR_MIN = 1e-7          # from 0; where its cosine ends
-CLIP = 1.0                  # from 1e-6; gradient norm of either player
-# system
-DEVICE = ""                 # cuda, cpu, mps; empty: cuda where there is one
-BF16 = None                 # bfloat16 autocast; unset: where it is faster
-COMPILE = False             # torch.compile; unset, as in the other presets: on a GPU
-GRAD_CHECKPOINT = False     # recompute residual blocks in the backward pass: a fifth of the memory, slower
-WORKERS = 8                 # from 1; threads that read images
-BENCH = False               # time twenty updates on random images and stop; writes nothing
-# instead of training
-EVAL = False                # PSNR, SSIM, the latents' figures over all of val, perceptual if it has a weight
-PNG = ""                    # the same, and a folder for the images (real/) and reconstructions (recon/)
-EXPORT = ""                 # folder for the weights and a config.json, as diffusers reads them
-# ------------------------------------------------------------------------------------------------------------
-PRESETS = {"shapes": {},
-    "cifar10": dict(SIZE=64, MAX_STEPS=117_000, BATCH_SIZE=128, EVAL_EVERY=2000, WIDTHS=(64, 128, 256),
-                    BLOCKS=2, Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=2e-2,
-                    LR=8e-4, DISC_LR=2.4e-3, DISC_LR_MIN=1e-6, COMPILE=None),
-    "cifar10-small": dict(MAX_STEPS=4800, BATCH_SIZE=16, EVAL_EVERY=1600, Z_CHANNELS=16, L1_WEIGHT=0.8,
-                          KL_WEIGHT=5e-3, LR=8e-4),
-    "imagenet": dict(SIZE=256, MAX_STEPS=130_110, ACCUM=16, EVAL_EVERY=1000, WIDTHS=(128, 256, 512, 512),
-                     BLOCKS=2, Z_CHANNELS=4, ATTENTION=True, DISC_WIDTH=64, L1_WEIGHT=0.8, KL_WEIGHT=1e-2,
-                     LR=1e-4, DISC_LR=3e-4, COMPILE=None),
-}
-BETAS = (0.5, 0.9)          # of both AdamWs: a short memory suits a moving target
-SPIKE, RESTART = 1000.0, 100        # a gradient norm to skip; updates until an idle code starts again
-AMX = torch.cpu._is_amx_tile_supported()        # a CPU with matrix units
+# ---- settings: the defaults are those of `shapes`; a preset goes over them, and flags over both 
 
-# ---- layers, named as in diffusers' AutoencoderKL: its state dicts are ours --------------------------------
-def named(**layers):
-    return nn.Sequential(collections.OrderedDict(layers))
+PRESETS = {
+    "shapes": {},
+    "cifar10": dict(
+        size=64, max_steps=117_000, batch_size=128, eval_every=2000, widths=[64, 128, 256],
+        blocks=2, z_channels=4, attention=True, disc_width=64, l1_weight=0.8, kl_weight=2e-2,
+        lr=8e-4, disc_lr=2.4e-3, compile=None),
+    "cifar10-small": dict(max_steps=4800, batch_size=16, eval_every=1600, z_channels=16,
+                          l1_weight=0.8, kl_weight=5e-3, lr=8e-4),
+    "imagenet": dict(
+        size=256, max_steps=130_110, batch_size=128, micro_batch=8, eval_every=1000,
+        widths=[128, 256, 512, 512], blocks=2, z_channels=4, attention=True, disc_width=64,
+        l1_weight=0.8, kl_weight=1e-2, lr=1e-4, disc_lr=3e-4, compile=None),
+}
+CALL = ["resume", "overwrite", "out", "init", "eval", "png", "export"]     # not saved with a run
+ARCHITECTURE = ["widths", "blocks", "z_channels", "attention", "groups", "quant", "bottleneck",
+                "codes", "code_width", "levels"]
+
+def settings(argv=None):
+    """-> the settings, and the checkpoint they build on (--resume, --init, --eval), or None"""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    yes_no = argparse.BooleanOptionalAction
+    # run
+    flag("--data", default="", help="shapes (if empty), cifar10, imagenet, or a folder of images")
+    flag("--preset", default="", choices=["", *PRESETS], help="a row of PRESETS; empty: by --data")
+    flag("--size", type=int, default=32, help="pixels a side")
+    flag("--out", default="", help="the run's folder; empty: out/<data>")
+    flag("--max-steps", type=int, default=1800, help="updates of the VAE and the discriminator")
+    flag("--batch-size", type=int, default=8, help="images per update, over all processes")
+    flag("--micro-batch", type=int, default=0, help="of which in one forward pass; 0: all")
+    flag("--eval-every", type=int, default=900, help="updates between validations, checkpoints")
+    flag("--log-every", type=int, default=10, help="updates between rows of the log")
+    flag("--seed", type=int, default=0, help="of the weights, the images' order and all noise")
+    flag("--resume", action="store_true", help="go on with the run in --out, or the newest")
+    flag("--overwrite", action="store_true", help="start again on top of a run")
+    flag("--init", default="", help="a vae.pt or diffusers' AutoencoderKL to start from")
+    flag("--train-only", default="", choices=["", "decoder"], help="leave the latents as they are")
+    # model
+    flag("--widths", type=int, nargs="+", default=[32, 64, 64], help="channels at each resolution")
+    flag("--blocks", type=int, default=1, help="residual blocks at each; the decoder has 1 more")
+    flag("--z-channels", type=int, default=6, help="channels of the latent")
+    flag("--attention", action=yes_no, default=False, help="at the lowest resolution")
+    flag("--bottleneck", default="kl", choices=["kl", "vq", "fsq"], help="noise and KL, or codes")
+    flag("--codes", type=int, default=512, help="vq: codes in the book")
+    flag("--code-width", type=int, default=2, help="vq: channels of a code")
+    flag("--levels", type=int, default=16, help="fsq: values that a channel can take")
+    flag("--disc-width", type=int, default=32, help="channels of the discriminator's first layer")
+    # loss
+    flag("--l1-weight", type=float, default=0.0, help="pixel loss: (1 - this) * mse + this * l1")
+    flag("--kl-weight", type=float, default=2e-3, help="on the KL per latent element, in the end")
+    flag("--kl-warmup", type=float, default=0.2, help="share of the updates")
+    flag("--adv-weight", type=float, default=0.02, help="on the adversarial loss, in the end")
+    flag("--adv-warmup", type=float, default=0.4, help="share of the updates")
+    flag("--fm-weight", type=float, default=0.1, help="on feature matching")
+    flag("--gan-loss", default="bce", choices=["bce", "hinge"], help="of both players")
+    flag("--perceptual-weight", type=float, default=0.0, help="on VGG16's features (528 MB)")
+    # optimiser
+    flag("--lr", type=float, default=1e-3, help="of the VAE: AdamW, cosine decay to zero")
+    flag("--disc-lr", type=float, default=1e-3, help="of the discriminator, likewise")
+    flag("--clip", type=float, default=1.0, help="gradient norm of either player")
+    # system: what is not given, each machine decides for itself
+    flag("--device", help="cuda, cpu, mps; by default cuda where there is one")
+    flag("--bf16", action=yes_no, help="bfloat16 autocast; by default where it is faster")
+    flag("--compile", action=yes_no, default=False, help="in cifar10, imagenet: on GPUs")
+    flag("--grad-checkpoint", action="store_true", help="a fifth of the memory, slower")
+    flag("--workers", type=int, default=8, help="threads that read images")
+    # instead of training
+    flag("--eval", action="store_true", help="PSNR and SSIM over all validation images")
+    flag("--png", default="", help="with --eval: a new folder for images (real/, recon/)")
+    flag("--export", default="", help="a new folder for the weights, as diffusers reads them")
+
+    # defaults < preset < what the run saved, or the shape of --init < flags
+    cfg = parser.parse_args(argv)
+    from_run = cfg.resume or cfg.eval or cfg.export
+    out = cfg.out or os.path.join("out", os.path.basename(os.path.abspath(cfg.data or "shapes")))
+    if from_run and not cfg.init and not cfg.out and not cfg.data:
+        out = os.path.dirname(newest("vae.pt"))
+    preset = cfg.preset or cfg.data or "shapes"
+    preset = preset if preset in PRESETS else "imagenet"
+    parser.set_defaults(**PRESETS[preset], data="shapes", preset=preset, out=out, groups=0,
+                        quant=True)                 # only published weights change the last two
+    state = None
+    if not from_run and not cfg.overwrite and os.path.exists(f"{out}/vae.pt"):
+        sys.exit(f"error: {out}/vae.pt exists: give --resume, --overwrite, or another --out")
+    if cfg.init and not cfg.resume:
+        state = read_vae(cfg.init)
+        parser.set_defaults(**{name: state["config"][name] for name in ARCHITECTURE})
+    elif from_run:
+        state = load_checkpoint(f"{out}/vae.pt")
+        parser.set_defaults(**state["config"])
+    cfg = parser.parse_args(argv)
+    factor = 2 ** (len(cfg.widths) - 1)
+    if cfg.size % factor > 0:
+        sys.exit(f"error: --size must be a multiple of {factor}: --widths halve it so often")
+    if cfg.bottleneck == "vq" and cfg.z_channels % cfg.code_width > 0:
+        sys.exit("error: --z-channels must be a multiple of --code-width")
+    if cfg.png and (not cfg.eval or os.path.exists(cfg.png)):
+        sys.exit("error: --png takes --eval and a new folder")
+    return cfg, state
+
+# ---- processes, signals, files: what both loops need -------------------------------------------
+def newest(name):
+    found = sorted(glob.glob(f"out/*/{name}"), key=os.path.getmtime)
+    if not found:
+        sys.exit(f"error: no out/*/{name} here: train one first, or name its folder with --out")
+    return found[-1]
+
+def setup(cfg):
+    """-> this process's rank, how many there are, its device, autocast, and whether to compile"""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= cfg.seed < 2 ** 64:
+        sys.exit("error: --seed must be from 0 to 2^64 - 1")
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # folders have any name
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    if device.type == "cpu" and sys.platform == "linux":
+        # keep freed memory: new pages from the system took up to half of a step
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)                         # M_MMAP_MAX: no mappings of its own
+        libc.mallopt(-1, -1)                        # M_TRIM_THRESHOLD: never give back
+    on_gpu = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    bf16 = on_gpu or on_cpu if cfg.bf16 is None else cfg.bf16
+    # no cache: under --grad-checkpoint it would hold a second copy of the weights
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if compiled and not any(map(shutil.which, ["cc", "gcc", "clang"])):
+        sys.exit("error: torch.compile needs a C compiler: install gcc, or give --no-compile")
+    return rank, world, device, autocast, compiled
+
+def share_out(cfg, world):
+    """An update's batch -> images that a process takes at a time, and how many times it does."""
+    share = cfg.batch_size // world
+    micro = max(1, min(cfg.micro_batch or share, share))
+    if cfg.batch_size % (world * micro) > 0:
+        sys.exit(f"error: --batch-size must be a multiple of {world} processes x {micro} images")
+    return micro, share // micro
+
+def generator(device, seed, step):
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2 ** 64)
+
+def average_gradients(model):
+    """Over all processes, in one message an update; DDP would send them in each backward pass."""
+    if dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = total(torch.cat([grad.flatten() for grad in grads])) / dist.get_world_size()
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+def total(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+def wait():
+    total(torch.zeros(1))                           # until all processes are here
+
+def catch_signals():
+    """-> a list of the signals that come, for the run to end after the update in progress"""
+    caught = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)        # Windows has no SIGHUP, nohup ignores it
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
+
+def recompute(model, kind):
+    """Have blocks of a kind keep only their inputs, and compute the rest anew when going back."""
+    for block in model.modules():
+        if isinstance(block, kind):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+def load_checkpoint(path):
+    """To the CPU, and without running code from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                      # a damaged file may raise anything
+        sys.exit(f"error: {path} is not there, or damaged: {type(error).__name__}")
+
+def save_checkpoint(path, state):
+    """Written beside and renamed: a kill or a full disk leaves the old one whole."""
+    try:
+        torch.save(state, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:        # torch.save makes a RuntimeError of a full disk
+        Path(f"{path}.part").unlink(missing_ok=True)
+        sys.exit(f"error: can't write {path} ({error}); what was saved before is whole")
+
+class Log:
+    """A CSV, and a line on the terminal every five seconds."""
+    def __init__(self, path, start, max_steps):
+        self.path = path
+        self.max_steps = max_steps
+        self.printed = 0.0
+        lines = []
+        if start > 0 and os.path.exists(path):      # a resumed run keeps what came before it
+            lines = Path(path).read_text("utf-8").splitlines()
+        self.names = lines[0].split(",") if lines else None
+        kept = [line for line in lines if line == lines[0] or int(line.split(",")[0]) <= start]
+        Path(path).write_text("".join(line + "\n" for line in kept), "utf-8")
+
+    def write(self, row, shown):
+        """`row`: values by name, with step and seconds per update; `shown`: names to print"""
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.names or list(row), extrasaction="ignore")
+            if self.names is None:
+                writer.writeheader()
+                self.names = list(row)
+            writer.writerow({name: f"{value:.7g}" for name, value in row.items()})
+        if time.time() - self.printed > 5 or row["step"] == self.max_steps:
+            self.printed = time.time()
+            left = (self.max_steps - row["step"]) * row["seconds"] / 60
+            print(f"step {row['step']:,}/{self.max_steps:,}", f"{left:.1f} min left",
+                  *(f"{name} {row[name]:.4g}" for name in shown if name in row), sep="  ")
+
+# ---- layers, named as in diffusers' AutoencoderKL, so that its state dicts are ours ------------
 def norm(channels, groups):
     return nn.GroupNorm(groups, channels, eps=1e-6)
-def groups_for(*widths):
-    """One number of norm groups for a whole model: 32, fewer where one would have less than 4 channels."""
+
+def groups_for(widths):
+    """Norm groups that divide all widths: up to 32, with at least four channels in each."""
     return math.gcd(*widths, min(32, min(widths) // 4 or 1))
 
+def zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
 class ResBlock(nn.Module):
-    """Pre-activation residual block: [b, c_in, h, w] -> [b, c_out, h, w]."""
+    """Pre-activation residual block; starts as its shortcut. [b, c_in, h, w] -> [b, c_out, h, w]"""
     def __init__(self, c_in, c_out, groups, kernel=3):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
-        self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = norm(c_in, groups)
+        self.conv1 = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+        self.norm2 = norm(c_out, groups)
+        self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)      # starts as its shortcut
+
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
 
 def attend(q, k, v, mask=None):
     """Softmax attention of q [..., n, d] over k, v [..., m, d], where `mask` [..., m] is true."""
-    # on CPUs two products take a third to two thirds of the fused kernel's time, but with AMX, forward only
-    if q.device.type == "cpu" and (torch.is_grad_enabled() or not AMX):
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+    if q.is_cpu and torch.is_grad_enabled():        # half the fused kernel's time, in training
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 class Attention(nn.Module):
-    """Single-head self-attention over the pixels: [b, c, h, w] -> the same."""
+    """Single-head self-attention over the pixels of [b, c, h, w]."""
     def __init__(self, c, groups):
         super().__init__()
-        self.group_norm, self.to_out = norm(c, groups), nn.Sequential(nn.Linear(c, c))
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.group_norm = norm(c, groups)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.Sequential(nn.Linear(c, c))
+
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)                               # [b, hw, c]
+        h = self.group_norm(x).flatten(2).transpose(1, 2)           # [b, h * w, c]
         h = self.to_out(attend(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + h.transpose(1, 2).reshape(x.shape)       # copied: else all that follows is channels-last
+        return x + h.transpose(1, 2).reshape(x.shape)
 
-def downsample(c):
-    """Halve the resolution: pad right and below, 3x3 convolution of stride 2."""
-    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
-
-class Upsample(nn.Conv2d):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution, in one transposed convolution without
-    the large image: of nine taps some meet the same small pixel; summed, they are a 4x4 kernel."""
+class Downsample(nn.Module):
+    """Half the resolution: pad right and below, 3x3 convolution of stride 2."""
     def __init__(self, c):
-        super().__init__(c, c, 3, padding=1)
-        taps = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-        self.register_buffer("fold", torch.kron(taps, taps), persistent=False)          # [3 * 3, 4 * 4]
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
     def forward(self, x):
-        kernel = (self.weight.flatten(2) @ self.fold).unflatten(2, (4, 4))
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-def recompute(model, *kinds):
-    """Have modules of these kinds keep their inputs alone and compute the rest again in the backward pass."""
-    for module in model.modules():
-        if isinstance(module, kinds):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
-                                               preserve_rng_state=False)
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a 3x3 convolution. Both at once: a transposed
+    convolution, in whose 4x4 kernel the taps that meet the same small pixel are added up."""
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-# ---- the autoencoder ---------------------------------------------------------------------------------------
-def levels(widths, blocks, groups, resample, name):
-    """Residual blocks at each width; all but the last end with a change of resolution, under its `name`."""
-    stack = []
-    for c_in, c in zip((widths[0], *widths), widths):
-        resnets = [ResBlock(c if k else c_in, c, groups) for k in range(blocks)]
-        change = {name: nn.Sequential(resample(c))} if len(stack) < len(widths) - 1 else {}
-        stack.append(named(resnets=nn.Sequential(*resnets), **change))
-    return nn.Sequential(*stack)
+    def forward(self, x):
+        taps = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))     # [c_out, c_in, 5, 5]
+        rows = taps[:, :, :4] + taps[:, :, 1:]
+        kernel = rows[:, :, :, :4] + rows[:, :, :, 1:]              # [c_out, c_in, 4, 4]
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
-class Middle(nn.Module):
-    """Two residual blocks and, between them, perhaps attention."""
+class Level(nn.Module):
+    """Residual blocks at one width, then perhaps a change of resolution."""
+    def __init__(self, c_in, c_out, groups, blocks):
+        super().__init__()
+        inputs = [c_in] + [c_out] * (blocks - 1)
+        self.resnets = nn.ModuleList(ResBlock(c, c_out, groups) for c in inputs)
+
+    def forward(self, x):
+        for layers in self.children():              # resnets, then downsamplers or upsamplers
+            for layer in layers:
+                x = layer(x)
+        return x
+
+def make_levels(widths, blocks, groups, change, name):
+    """A Level for each width; all but the last end with a change of resolution."""
+    levels = nn.ModuleList()
+    for c_in, c_out in zip(widths[:1] + widths, widths):            # the first keeps its width
+        levels.append(Level(c_in, c_out, groups, blocks))
+    for level, width in zip(levels[:-1], widths):
+        level.add_module(name, nn.ModuleList([change(width)]))
+    return levels
+
+class MidBlock(nn.Module):
     def __init__(self, c, groups, attention):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(c, c, groups), ResBlock(c, c, groups)])
-        self.attentions = nn.ModuleList([Attention(c, groups)] if attention else [nn.Identity()])
+        self.attentions = nn.ModuleList([Attention(c, groups)] if attention else [])
+
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+# ---- the autoencoder ---------------------------------------------------------------------------
+class Encoder(nn.Module):
+    """Images [b, 3, s, s] -> moments of the latent [b, 2 * z_channels, s / f, s / f]."""
+    def __init__(self, widths, blocks, z_channels, attention, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = make_levels(widths, blocks, groups, Downsample, "downsamplers")
+        self.mid_block = MidBlock(widths[-1], groups, attention)
+        self.conv_norm_out = norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+
+    def forward(self, x):
+        for block in [self.conv_in, *self.down_blocks, self.mid_block]:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+class Decoder(nn.Module):
+    """Latents [b, z_channels, h, w] -> images [b, 3, f * h, f * w]."""
+    def __init__(self, widths, blocks, z_channels, attention, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid_block = MidBlock(widths[-1], groups, attention)
+        self.up_blocks = make_levels(widths[::-1], blocks + 1, groups, Upsample, "upsamplers")
+        self.conv_norm_out = norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x):
+        for block in [self.conv_in, self.mid_block, *self.up_blocks]:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 class VAE(nn.Module):
-    """KL autoencoder of the published KL-f8 shape: [b, 3, s, s] in [-1, 1] <-> [b, z_channels, s/f, s/f].
-    `codes`, a VQ or FSQ, takes the place of noise and KL. Layers start by keeping variance, residual blocks
-    as their shortcuts; the two halves do not end at zero: the decoder would learn to ignore the latent."""
-    def __init__(self, widths, blocks=2, z_channels=4, attention=True, groups=0, quant=True, codes=None):
+    """KL autoencoder of the published KL-f8 shape, images in [-1, 1]. With `codes`, a VQ or FSQ,
+    there is neither noise nor KL: `decode` takes the code nearest to what `encode` gives."""
+    def __init__(self, widths, blocks, z_channels, attention, groups=0, quant=True, codes=None):
         super().__init__()
-        self.factor, self.z_channels, self.codes = 2 ** (len(widths) - 1), z_channels, codes
-        first, last, groups = widths[0], widths[-1], groups or groups_for(*widths)
-        upsample = lambda c: named(conv=Upsample(c))
-        self.encoder = named(conv_in=nn.Conv2d(3, first, 3, padding=1),
-                             down_blocks=levels(widths, blocks, groups, downsample, "downsamplers"),
-                             mid_block=Middle(last, groups, attention), conv_norm_out=norm(last, groups),
-                             conv_act=nn.SiLU(), conv_out=nn.Conv2d(last, 2 * z_channels, 3, padding=1))
-        self.decoder = named(conv_in=nn.Conv2d(z_channels, last, 3, padding=1),
-                             mid_block=Middle(last, groups, attention),
-                             up_blocks=levels(widths[::-1], blocks + 1, groups, upsample, "upsamplers"),
-                             conv_norm_out=norm(first, groups), conv_act=nn.SiLU(),
-                             conv_out=nn.Conv2d(first, 3, 3, padding=1))
+        groups = groups or groups_for(widths)
+        self.factor = 2 ** (len(widths) - 1)
+        self.z_channels = z_channels
+        self.encoder = Encoder(widths, blocks, z_channels, attention, groups)
+        self.decoder = Decoder(widths, blocks, z_channels, attention, groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant else nn.Identity()
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant else nn.Identity()
+        self.codes = codes
+        # layers keep the variance of their input (PyTorch's start: a third of it), blocks start as
+        # their shortcut (conv2 is 0), and latents with little noise, or they would be ignored
         for name, layer in self.named_modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith("conv2"):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)  # PyTorch's keeps a third
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
         moments = self.quant_conv if quant else self.encoder.conv_out
-        nn.init.constant_(moments.bias.data[z_channels:], -4)           # log-variance: little noise at first
-    def through(self, half, x):
-        # faster on CPUs, but for GroupNorm's backward pass and small groups
-        if self.encoder.conv_in.out_channels >= 128 and x.is_cpu and not torch.is_grad_enabled():
-            x = x.contiguous(memory_format=torch.channels_last)
-        return half(x)
-    def encode(self, x):
-        """Images [b, 3, s, s] -> mean and log-variance of q(z|x), float32 [b, z_channels, s/f, s/f] each."""
-        mean, logvar = self.quant_conv(self.through(self.encoder, x)).float().chunk(2, dim=1)
-        if self.codes:
-            return mean.tanh() if isinstance(self.codes, FSQ) else mean, torch.full_like(mean, -20)
-        return mean, logvar.clamp(-20, 20)
-    def decode(self, z):
-        """Latents [b, z_channels, h, w] -> images, float32 [b, 3, fh, fw], in [-1, 1] but for overshoot."""
-        if self.codes:
-            z = z + (self.codes(z) - z).detach()        # the codes, but the gradient goes straight through
-        return self.through(self.decoder, self.post_quant_conv(z)).float()
-    def forward(self, x, noise):
-        """Images, normal noise or 0 -> reconstruction, mean, log-variance; with `codes` its values too."""
-        mean, logvar = self.encode(x)
-        recon = self.decode(mean + (logvar / 2).exp() * noise)
-        return (recon, mean, logvar, self.codes(mean)) if self.codes else (recon, mean, logvar)
+        nn.init.constant_(moments.bias[z_channels:], -4)            # of the log-variance
 
-# ---- codebooks: --bottleneck vq, fsq. The denoiser learns what `encode` gives; `decode` takes the codes ----
+    def encode(self, x):
+        """-> mean and log-variance of q(z|x), float32 [b, z_channels, s / f, s / f] each"""
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        if self.codes is None:
+            return mean, logvar.clamp(-20.0, 20.0)
+        bounded = mean.tanh() if isinstance(self.codes, FSQ) else mean
+        return bounded, torch.full_like(mean, -20.0)                # next to no noise
+
+    def decode(self, z):
+        """Latents [b, z_channels, h, w] -> images, float32 [b, 3, f * h, f * w]"""
+        if self.codes is not None:
+            code = self.codes(z)
+            z = z + (code - z).detach()             # the code, but the gradient goes to z
+        return self.decoder(self.post_quant_conv(z)).float()
+
+    def forward(self, x, noise):
+        mean, logvar = self.encode(x)
+        z = mean + (0.5 * logvar).exp() * noise
+        return self.decode(z), mean, logvar
+
+# ---- codebooks: --bottleneck vq, fsq -----------------------------------------------------------
 class VQ(nn.Module):
-    """Vector quantisation (van den Oord et al. 2017): [b, c, h, w] -> nearest codes, c / width a place."""
+    """Vector quantisation (van den Oord et al. 2017): c / width codes at each place."""
     def __init__(self, codes, width):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(codes, width))
-        self.register_buffer("idle", torch.zeros(codes))                        # updates since it was taken
-        self.register_buffer("counts", torch.zeros(1, codes, dtype=torch.long), persistent=False)
+        self.register_buffer("idle", torch.zeros(codes))            # updates since a code was taken
+
+    def indices(self, z):
+        """[b, c, h, w] -> indices of the nearest codes [b, c / width, h, w]"""
+        places = z.detach().unflatten(1, (-1, self.codebook.shape[1])).movedim(2, -1)
+        distances = torch.cdist(places.flatten(0, -2), self.codebook.detach())
+        return distances.argmin(dim=1).view(places.shape[:-1])
+
     def forward(self, z):
-        places = z.unflatten(1, (-1, self.codebook.shape[1])).movedim(2, -1)    # [b, c / width, h, w, width]
-        k = torch.cdist(places.detach().flatten(0, -2), self.codebook.detach()).argmin(1)
-        self.counts.scatter_add_(1, k[None], torch.ones_like(k[None]))
-        return self.codebook[k].view(places.shape).movedim(-1, 2).reshape(z.shape)
+        return self.codebook[self.indices(z)].movedim(-1, 2).flatten(1, 2)
+
+    def loss(self, mean):
+        """The codebook moves to the latents, and a quarter as much the latents to the codebook."""
+        code = self(mean)
+        return F.mse_loss(code, mean.detach()) + 0.25 * F.mse_loss(mean, code.detach())
+
     @torch.no_grad()
-    def restart(self, source):
-        """After an update: a code that none took for RESTART updates becomes a used one, and noise."""
-        taken = data.total(self.counts)[0]
-        self.idle.add_(1).mul_(taken == 0)
-        like = torch.multinomial(taken + 1e-9, len(taken), replacement=True, generator=source)
-        noise = torch.randn(self.codebook.shape, device=like.device, generator=source)
-        old, new = self.codebook, self.codebook[like] + 0.01 * noise
-        old.copy_(torch.where((self.idle >= RESTART)[:, None], new, old))
-        self.idle.mul_(self.idle < RESTART), self.counts.zero_()
+    def restart(self, taken, source):
+        """A code that nothing took for a hundred updates becomes a used one, slightly moved. All
+        processes do the same: `taken` [codes] is their sum, `source` is seeded alike."""
+        self.idle += 1
+        self.idle[taken > 0] = 0
+        dead = self.idle >= 100
+        used = torch.multinomial(taken.float(), len(taken), replacement=True, generator=source)
+        noise = torch.randn(self.codebook.shape, device=taken.device, generator=source)
+        self.codebook[dead] = (self.codebook[used] + 0.01 * noise)[dead]
+        self.idle[dead] = 0
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer et al. 2024): each channel -> the nearest level on [-1, 1]."""
-    def __init__(self, channels, levels):
+    """Finite scalar quantisation (Mentzer et al. 2024): each channel to the nearest level."""
+    def __init__(self, levels):
         super().__init__()
         self.levels = levels
-        self.register_buffer("counts", torch.zeros(channels, levels, dtype=torch.long), persistent=False)
+
+    def indices(self, z):
+        return ((z.clamp(-1, 1) + 1) / 2 * (self.levels - 1)).round().long()
+
     def forward(self, z):
-        k = ((z.clamp(-1, 1) + 1) / 2 * (self.levels - 1)).round()
-        row = k.transpose(0, 1).flatten(1).long()                               # [c, b * h * w]
-        self.counts.scatter_add_(1, row, torch.ones_like(row))
-        return k * 2 / (self.levels - 1) - 1
+        return 2 * self.indices(z) / (self.levels - 1) - 1.0
 
-def vq_loss(mean, q):
-    """The codebook moves to the latents, and a quarter as much the latents to the codebook."""
-    return F.mse_loss(q, mean.detach()) + 0.25 * F.mse_loss(mean, q.detach())
-def usage(counts):
-    """Counts [channels, n] -> how many of the n are used, and their perplexity, on average."""
-    p = counts / counts.sum(1, keepdim=True)
-    return (counts > 0).sum(1).float().mean().item(), torch.special.entr(p).sum(1).exp().mean().item()
-
-# ---- the discriminator -------------------------------------------------------------------------------------
+# ---- the discriminator -------------------------------------------------------------------------
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images [b, 3, s, s] -> a map of logits and the features of every layer.
-    A logit sees less than the image. GroupNorm, because batch statistics break under accumulation."""
-    def __init__(self, size, width=64):
+    """PatchGAN (Isola et al. 2017): images -> a map of logits, and the features of every layer."""
+    def __init__(self, size, width):
         super().__init__()
-        depth = max([n for n in (2, 3, 4) if 2 ** n * 5 - 2 < size], default=1)         # 18, 38, 78 pixels
-        self.layers, c_in = nn.ModuleList(), 3
-        for c in [width * 2 ** i for i in range(depth)]:
-            normed = norm(c, math.gcd(c, min(32, c // 4))) if self.layers else nn.Identity()
-            conv, c_in = nn.Conv2d(c_in, c, 4, stride=2, padding=1), c
+        # up to four layers, as long as a logit's receptive field is smaller than the image
+        depth = 1 + sum(field < size for field in (18, 38, 78))
+        self.layers = nn.ModuleList()
+        c_in = 3
+        for i in range(depth):
+            c = width * 2 ** i
+            conv = nn.Conv2d(c_in, c, 4, stride=2, padding=1)
+            normed = nn.Identity() if i == 0 else norm(c, groups_for([c]))  # whatever the batch
             self.layers.append(nn.Sequential(conv, normed, nn.LeakyReLU(0.2)))
-        self.logits = nn.Conv2d(c, 1, 3, padding=1)
+            c_in = c
+        self.logits = nn.Conv2d(c_in, 1, 3, padding=1)
+
     def forward(self, x):
         features = []
         for layer in self.layers:
@@ -280,410 +508,393 @@ class Discriminator(nn.Module):
             features.append(x)
         return self.logits(x).float(), features
 
-# ---- losses, all in float32 --------------------------------------------------------------------------------
+# ---- losses, in float32 ------------------------------------------------------------------------
 def pixel_loss(recon, x, l1_weight):
     return (1 - l1_weight) * F.mse_loss(recon, x) + l1_weight * F.l1_loss(recon, x)
+
 def kl_loss(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, mean over elements (Kingma and Welling 2014, app. B)."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats per element (Kingma and Welling 2014, app. B)."""
     return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+
 def generator_loss(fake, kind):
-    """The VAE's adversarial loss on the logits of its reconstructions."""
     return F.softplus(-fake).mean() if kind == "bce" else -fake.mean()
+
 def discriminator_loss(real, fake, kind):
-    """Binary cross-entropy (ln 2 = 0.69 when confused) or hinge (1 when confused), mean of real and fake."""
+    """ln 2 = 0.69 (bce) or 1 (hinge) when real and fake look the same."""
     if kind == "bce":
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-def feature_loss(fake, real):
-    """Feature matching (Wang et al. 2018): L1 between two lists of features, mean over layers."""
-    return sum(F.l1_loss(f.float(), r.float()) for f, r in zip(fake, real)) / len(fake)
+
+def feature_loss(fakes, reals):
+    """Feature matching (Wang et al. 2018): L1 between features, mean over layers."""
+    losses = [F.l1_loss(fake.float(), real.float()) for fake, real in zip(fakes, reals)]
+    return torch.stack(losses).mean()
 
 class Perceptual(nn.Module):
-    """Distance of normalised VGG16 features at five depths: LPIPS (Zhang et al. 2018), no learned weights."""
+    """Distance of normalised VGG16 features: LPIPS (Zhang et al. 2018), no learned weights."""
     def __init__(self):
         super().__init__()
-        try:
-            layers = vgg16(weights=VGG16_Weights.DEFAULT).features.eval().requires_grad_(False)
-        except OSError as error:
-            raise SystemExit(f"error: --perceptual-weight takes VGG16, which cannot be downloaded: {error}")
-        self.stages = nn.ModuleList([layers[:4], layers[4:9], layers[9:16], layers[16:23], layers[23:30]])
-        mean, std = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
-        self.register_buffer("mean", mean), self.register_buffer("std", std)        # ImageNet's, in [-1, 1]
+        layers = vgg16(weights=VGG16_Weights.DEFAULT).features.eval().requires_grad_(False)
+        bounds = [0, 4, 9, 16, 23, 30]
+        self.stages = nn.ModuleList(layers[a:b] for a, b in zip(bounds, bounds[1:]))
+
     def forward(self, recon, x):
-        a, b, loss = (recon - self.mean) / self.std, (x - self.mean) / self.std, 0.0
+        h = (torch.cat([recon, x]) + 1) / 2
+        h = normalize(h, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])          # ImageNet's
+        loss = 0.0
         for stage in self.stages:
-            a, b = stage(a), stage(b)
-            loss += (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+            h = stage(h)
+            a, b = F.normalize(h.float(), dim=1).chunk(2)
+            loss = loss + (a - b).square().sum(dim=1).mean()
         return loss
 
-def micro_step(vae, disc, perceptual, x, noise, weights, cfg, steps, autocast):
-    """Add both players' gradients on images x [b, 3, s, s], 1/steps of each -> losses' names and values [n].
-    The discriminator sees a detached reconstruction, and is frozen in the VAE's pass: no loss moves both."""
-    with autocast:
-        recon, mean, logvar, *codes = vae(x, noise)
-        logits, features = disc(torch.cat([x, recon.detach()]))
-        real, fake = logits.chunk(2)
-        disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
-    (disc_loss / steps).backward()
-    disc.requires_grad_(False)
-    with autocast:
-        logits, fakes = disc(recon)
-        terms = {"pixel": pixel_loss(recon, x, cfg.l1_weight), "adv": generator_loss(logits, cfg.gan_loss),
-                 "fm": feature_loss(fakes, [f[:len(x)].detach() for f in features])}
-        if cfg.bottleneck != "fsq":
-            terms[cfg.bottleneck] = vq_loss(mean, *codes) if codes else kl_loss(mean, logvar)
-        if perceptual:
-            terms["perceptual"] = perceptual(recon, x)
-        loss = sum(weights[name] * value for name, value in terms.items())
-    (loss / steps).backward()
-    disc.requires_grad_(True)
-    values = {**terms, "loss": loss, "disc": disc_loss, "real": real.mean(), "fake": fake.mean()}
-    return list(values), torch.stack(list(values.values())).detach()
+# ---- figures of merit --------------------------------------------------------------------------
+def psnr(a, b):
+    """Images [n, 3, h, w] in [-1, 1] -> decibels [n]"""
+    return 10 * torch.log10(2 ** 2 / (a - b).square().mean(dim=(1, 2, 3)))
 
-def update(players, clip):
-    """Average the gradients over the processes, clip and step, for pairs of module and optimiser. If a norm
-    is not finite, or a spike, all skip, without waiting for the GPU -> norms [n], and 1 if skipped, else 0"""
-    norms = []
-    for module, _ in players:
-        grads = [p.grad for p in module.parameters() if p.grad is not None]
-        if data.WORLD > 1:                                              # in one message
-            flat = data.total(torch.cat([grad.flatten() for grad in grads])) / data.WORLD
-            nn.utils.vector_to_parameters(flat, grads)
-        norms.append(nn.utils.clip_grad_norm_(module.parameters(), clip))
-    norms = torch.stack(norms)
-    unsound = (~(norms < SPIKE).all()).float()                          # a NaN is not below
-    for _, opt in players:
-        if norms.device.type != "mps":
-            opt.found_inf = unsound                                     # what a fused AdamW looks at
-        if norms.device.type != "mps" or not unsound:
-            opt.step()
-        opt.zero_grad()
-    return norms, unsound
-
-# ---- the log, and the bench --------------------------------------------------------------------------------
-class Log:
-    """Rows of a CSV file and lines on the terminal, from the first process. A resumed run keeps the rows up
-    to its `step`. The open file keeps a second run out of the folder."""
-    def __init__(self, path, step, total):
-        self.total, self.values, self.clock = total, {"step": step}, time.perf_counter()
-        self.columns, self.seconds, self.file, self.skipped, self.streak = [], [], None, 0, 0
-        if path and data.RANK == 0:
-            self.file = open(path, "ab+")
-            data.lock(self.file), self.file.seek(0)
-            head, *rows = (self.file.readlines() if step else []) or [b""]
-            kept = [row for row in rows if re.match(rb"\d+,.*\n", row) and int(row.split(b",")[0]) <= step]
-            self.columns = head.decode().split()[0].split(",") if head else []
-            self.file.truncate(len(head) + sum(map(len, kept)))
-    @contextlib.contextmanager
-    def pause(self):
-        """What is done meanwhile counts neither in images/s nor in the time left."""
-        began = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - began
-    def row(self, step, batch, show, **values):
-        """Log `values` after `step` updates of `batch` images; the terminal shows the columns in `show`."""
-        now = time.perf_counter()
-        seconds, self.clock = (now - self.clock) / (step - self.values["step"]), now
-        self.seconds.append(seconds)
-        self.values |= {"step": step, "images/s": batch / seconds, **values, "skipped": float(self.skipped),
-                        "streak": float(self.streak)}
-        self.skipped = 0
-        if self.streak >= 10:
-            raise SystemExit("error: ten updates not finite, or huge: --resume, lower --lr or --no-bf16")
-        if not self.file:
-            return
-        head = "" if self.columns else ",".join(self.values) + "\n"
-        self.columns = self.columns or list(self.values)
-        line = ",".join(f"{self.values.get(name, math.nan):.7g}" for name in self.columns) + "\n"
-        self.file.write((head + line).encode()), self.file.flush()
-        shown = [f"{name} {self.values[name]:.4g}" for name in (*show, "skipped") if self.values.get(name)]
-        left = f"{(self.total - step) * seconds / 60:.1f} min left  {batch / seconds:.0f} images/s"
-        data.say("  ".join([f"step {step:,}/{self.total:,}", left, *shown]), last=step == self.total)
-
-def report(seconds, batch, one_image, cfg, device):
-    """What --bench prints: the median update, FLOPs by one_image(cfg), next to a large product's speed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        one_image(cfg)
-    seconds, n = np.median(seconds[3:]), 2048 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
-    product = 2 * n ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5))
-    reached = counter.get_total_flops() * batch / seconds / data.WORLD
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    if not memory:
-        import resource                                 # not on Windows; macOS counts bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-    print(f"update: {seconds:.4g} s for {batch} images, {batch / seconds:.4g} images/s, {reached / 1e12:.3g} "
-          f"TFLOP/s = {reached / product:.0%} of a large product's {product / 1e12:.3g}, peak memory "
-          f"{memory / 1e9:.2f} GB")
-
-# ---- weights, in and out -----------------------------------------------------------------------------------
-SHAPE = "widths blocks z_channels attention groups quant bottleneck codes code_width levels".split()
-RENAMED = [                 # from the original code's names (Rombach et al. 2022), and diffusers' older ones
-    (r"^first_stage_model\.", ""), (r"\.down\.(\d)", r".down_blocks.\1"), (r"\.norm_out", ".conv_norm_out"),
-    (r"(blocks\.\d)\.block", r"\1.resnets"), (r"\.(up|down)sample\.", r".\1samplers.0."),
-    (r"\.nin_shortcut", ".conv_shortcut"), (r"mid\.block_1", "mid_block.resnets.0"),
-    (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
-    (r"(attentions\.0)\.norm", r"\1.group_norm"), (r"(attentions\.0)\.proj_(out|attn)", r"\1.to_out.0"),
-    (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2.")]
-
-def build(config):
-    """The VAE of these settings; `groups` and `quant` are there where published weights decide."""
-    codes = {"vq": lambda: VQ(config.codes, config.code_width),
-             "fsq": lambda: FSQ(config.z_channels, config.levels)}.get(config.bottleneck, lambda: None)()
-    return VAE(config.widths, config.blocks, config.z_channels, config.attention,
-               vars(config).get("groups", 0), vars(config).get("quant", True), codes)
-
-def load_vae(state, device="cpu"):
-    """The VAE of a vae.pt or of a diffusion.pt, which carries it along, frozen."""
-    vae = build(argparse.Namespace(**state.get("vae_config", state["config"])))
-    data.restore({"vae": vae}, state)
-    return vae.to(device).eval().requires_grad_(False)
-
-def read_weights(path):
-    """The tensors of a published file by their names; no code in it is run."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's own checkpoints hold one
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = state.get("state_dict", state.get("ema", state))
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    except Exception as error:
-        raise SystemExit(f"error: cannot read {path}: {str(error).splitlines()[0]:.90} (for .safetensors pip "
-                         f"install safetensors; of a pickle that holds more, save the state_dict alone)")
-
-def open_vae(path):
-    """A vae.pt, or published weights of a KL autoencoder -> what a vae.pt says. The shape is read from the
-    tensors; norm groups, scale and shift from a config.json beside the file, if there is one."""
-    weights, state = read_weights(path), {}
-    if not weights:                                                     # ours: its tensors lie deeper
-        return data.load_checkpoint(path, "vae.py")
-    top = max([int(level) for level in re.findall(r"\.up\.(\d)\.", " ".join(weights))], default=0)
-    for name, tensor in sorted(weights.items()):
-        name = re.sub(r"\.up\.(\d)", lambda level: f".up_blocks.{top - int(level[1])}", name)    # was upwards
-        for old, new in RENAMED:
-            name = re.sub(old, new, name)
-        if re.match(r"(encoder|decoder|quant_conv|post_quant_conv)\.", name):
-            linear = ".attentions." in name                             # in the original, 1x1 convolutions
-            state[name] = tensor.reshape(tensor.shape[:2]) if linear else tensor
-    if "decoder.conv_in.weight" not in state:
-        raise SystemExit(f"error: {path} holds no KL autoencoder: there is no decoder.conv_in.weight")
-    resnets = [name for name in sorted(state) if re.match(r"encoder\.down_blocks.*\.conv1\.bias", name)]
-    file = pathlib.Path(path).with_name("config.json")
-    try:
-        about = dict(json.loads(file.read_text())) if file.exists() else {}
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"error: {file} is no configuration of a VAE: {error}")
-    config = {"widths": tuple(len(state[name]) for name in resnets if ".resnets.0." in name),
-              "blocks": sum(".down_blocks.0." in name for name in resnets),
-              "z_channels": state["decoder.conv_in.weight"].shape[1], "quant": "quant_conv.weight" in state,
-              "attention": "decoder.mid_block.attentions.0.to_q.weight" in state, "bottleneck": "kl",
-              "groups": about.get("norm_num_groups", 32), "scale": about.get("scaling_factor"),
-              "shift": about.get("shift_factor") or 0.0}
-    return {"config": config, "step": 0, "vae": state}
-
-def export(cfg, weights, run):
-    """Write cfg.export, as diffusers' AutoencoderKL.from_pretrained reads it; the scale is the log's last."""
-    if cfg.bottleneck != "kl":
-        raise SystemExit(f"error: diffusers' layout has no place for a bottleneck of {cfg.bottleneck}")
-    n, std = len(cfg.widths), np.genfromtxt(f"{run}/vae.csv", delimiter=",", names=True)["z_std"].flat[-1]
-    about = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-             "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
-             "block_out_channels": cfg.widths, "layers_per_block": cfg.blocks, "sample_size": cfg.size,
-             "latent_channels": cfg.z_channels, "mid_block_add_attention": cfg.attention,
-             "norm_num_groups": vars(cfg).get("groups") or groups_for(*cfg.widths), "scaling_factor": 1 / std,
-             **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), "quant_conv.bias" in weights)}
-    os.makedirs(cfg.export)
-    pathlib.Path(cfg.export, "config.json").write_text(json.dumps(about, indent=2))
-    try:
-        from safetensors.torch import save_file
-        save_file(dict(weights), f"{cfg.export}/diffusion_pytorch_model.safetensors")
-    except ImportError:
-        torch.save(dict(weights), f"{cfg.export}/diffusion_pytorch_model.bin")
-    print(f"{cfg.export}: config.json and weights")
-
-# ---- training ----------------------------------------------------------------------------------------------
-def cosine(start, end, progress):
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
-def one_image(cfg):
-    """Both players' forward and backward passes, for `report`."""
-    vae, disc = build(cfg), Discriminator(cfg.size, cfg.disc_width)
-    x, weights = torch.empty(1, 3, cfg.size, cfg.size), dict.fromkeys(("pixel", "kl", "adv", "fm"), 1.0)
-    micro_step(vae, disc, None, x, torch.zeros(()), weights, cfg, 1, contextlib.nullcontext())
-
-@torch.backends.cudnn.flags(enabled=False)      # whose TF32 is too coarse for differences of means of squares
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004), Gaussian window of 11: [n, 3, h, w] in [-1, 1] -> [n]"""
-    n = min(11, *a.shape[2:])
-    line = torch.exp(-0.5 * ((torch.arange(n, device=a.device) - (n - 1) / 2) / 1.5) ** 2)
-    row = (line / line.sum()).expand(3, 1, 1, n)
-    local = lambda x: F.conv2d(F.conv2d(x, row, groups=3), row.transpose(2, 3), groups=3)
-    a, b, c1, c2 = (a + 1) / 2, (b + 1) / 2, 0.01 ** 2, 0.03 ** 2       # its constants are for [0, 1]
-    mean_a, mean_b = local(a), local(b)
-    var_a, var_b = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2
-    products = (2 * mean_a * mean_b + c1) * (2 * (local(a * b) - mean_a * mean_b) + c2)
-    return (products / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+    """Structural similarity (Wang et al. 2004): images [n, 3, h, w] in [-1, 1] -> [n]"""
+    a = a + 1                                       # its constants, below, are 1% and 3% of [0, 2]
+    b = b + 1
+    window = min(11, a.shape[2])
+    line = torch.arange(window, device=a.device) - (window - 1) / 2
+    gauss = torch.exp(-0.5 * (line / 1.5) ** 2)
+    gauss = gauss / gauss.sum()
+
+    def blur(x):                                    # no convolution: TF32 is too coarse for it
+        x = (x.unfold(2, window, 1) * gauss).sum(dim=-1)
+        return (x.unfold(3, window, 1) * gauss).sum(dim=-1)
+    mean_a = blur(a)
+    mean_b = blur(b)
+    var_a = blur(a * a) - mean_a ** 2
+    var_b = blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + 0.02 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.02 ** 2)
+    contrast = (2 * covariance + 0.06 ** 2) / (var_a + var_b + 0.06 ** 2)
+    return (luminance * contrast).mean(dim=(1, 2, 3))
 
 @torch.no_grad()
-def evaluate(vae, val, cfg, step, device, autocast, perceptual=None):
-    """Validation figures of reconstructions from the mean; the first 8 go to recon_<step>.png."""
-    rows = data.order(len(val), 0, min(len(val), cfg.eval_images), seed=0)
-    mine = rows.split(max(8, cfg.batch_size // data.WORLD))[data.RANK::data.WORLD]
-    names = ["val_mse", "val_psnr", "val_ssim", "z_mean", "z_std"]
-    names += ["val_perceptual"] * bool(perceptual) + ["val_kl"] * (not vae.codes)
-    sums = torch.zeros(len(names), device=device)
-    if vae.codes:
-        vae.codes.counts.zero_()
-    for k, (pixels, _) in enumerate(data.feed(val, mine, device, cfg.workers)):
-        x = data.to_float(pixels)
-        with autocast:                                                  # uncompiled: another shape
-            recon, mean, logvar = vae.forward(x, torch.zeros((), device=device))[:3]
-        recon = recon.clamp(-1, 1)
-        mse = (recon - x).square().mean((1, 2, 3))
-        psnr = 10 * torch.log10(4 / mse)                                # images span 2, hence 2 ** 2
-        second = mean.square() + logvar.exp()                           # moment of z, over the noise too
-        values = [mse, psnr, ssim(recon, x), mean, second]
-        values += [perceptual(recon, x)] if perceptual else []
-        values += [] if vae.codes else [kl_loss(mean, logvar)]
-        sums += len(x) * torch.stack([value.mean() for value in values])
-        drawn = data.to_uint8(recon)
-        if k == data.RANK == 0 and cfg.out:
-            picture = data.grid(torch.cat([pixels[:8], drawn[:8]]), columns=8)
-            data.replace_file(f"{cfg.out}/recon_{step:06d}.png", lambda f: picture.save(f, "png"))
-        for row, *pair in zip(mine[k].tolist(), pixels.cpu(), drawn.cpu()) if cfg.png else ():
-            for name, image in zip(("real", "recon"), pair):
-                data.write_png(f"{cfg.png}/{name}/{row:06d}.png", image)
-    figures = dict(zip(names, (data.total(sums) / len(rows)).tolist()))
-    figures["z_std"] = math.sqrt(figures["z_std"] - figures["z_mean"] ** 2)
-    if vae.codes:
-        figures["val_used"], figures["val_perplexity"] = usage(data.total(vae.codes.counts).cpu())
-        vae.codes.counts.zero_()
-    return figures
+def evaluate(vae, val, count, cfg, device, autocast, perceptual=None):
+    """Reconstruct images from the mean -> figures, means over images, and a picture of eight"""
+    sums = {}
+    codes = 0
+    drawings = []                                   # images and their reconstructions
+    rows = data.shuffled(len(val), 0, 0)[:count]    # the same ones each time
+    batches = [rows[k:k + 8] for k in range(0, len(rows), 8)]
+    for batch, (pixels, _) in zip(batches, data.prefetch(val.__getitem__, batches, cfg.workers)):
+        x = data.to_float(pixels.to(device))
+        with autocast:
+            mean, logvar = vae.encode(x)
+            recon = vae.decode(mean).clamp(-1, 1)
+        figures = {"val_psnr": psnr(recon, x), "val_ssim": ssim(recon, x), "z_mean": mean}
+        figures["z_square"] = mean ** 2 + logvar.exp()              # of z, which has noise
+        if vae.codes is None:
+            figures["val_kl"] = kl_loss(mean, logvar)
+        else:
+            taken = vae.codes.indices(mean).flatten().bincount(minlength=cfg.codes + cfg.levels)
+            codes = codes + taken
+        if perceptual is not None:
+            figures["val_perceptual"] = perceptual(recon, x)
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + len(x) * value.mean().item()
+        drawn = data.to_uint8(recon).cpu()
+        drawings = drawings or [pixels, drawn]
+        for name, images in (("real", pixels), ("recon", drawn)):
+            for row, image in zip(batch, images if cfg.png else []):
+                data.to_image(image).save(f"{cfg.png}/{name}/{row:06d}.png")
 
-def assess(given):
-    """--eval, --png, --export: a trained VAE's figures and images, or its weights as diffusers reads them."""
-    path = given.get("init") or "out" in given and f"{given['out']}/vae.pt" or data.newest("vae.pt", "vae.py")
-    state = open_vae(path)
-    cfg = data.settings(globals(), given, given.get("data", DATA), state)
-    if cfg.export:
-        return export(cfg, state["vae"], os.path.dirname(path))
-    cfg.bf16 = given.get("bf16", False)                                 # as published figures are made
-    device, autocast = data.start(cfg)
-    _, val = data.load(cfg.data, cfg.data_dir, cfg.size, state["config"].get("classes", ()))
-    cfg.out, cfg.eval_images = "", len(val)
-    [os.makedirs(f"{cfg.png}/{folder}", exist_ok=True) for folder in ("real", "recon") if cfg.png]
-    perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
-    figures = evaluate(load_vae(state, device), val, cfg, state["step"], device, autocast, perceptual)
-    print(f"{path}, {len(val):,} images: " + ", ".join(f"{key} {figures[key]:.4f}" for key in figures))
+    figures = {name: value / len(rows) for name, value in sums.items()}
+    figures["z_std"] = math.sqrt(figures.pop("z_square") - figures["z_mean"] ** 2)
+    if vae.codes is not None:
+        figures["val_used"] = (codes > 0).sum().item()
+        figures["val_perplexity"] = torch.special.entr(codes / codes.sum()).sum().exp().item()
+    return figures, data.grid(torch.cat(drawings), columns=len(drawings[0]))
+
+# ---- weights, in and out -----------------------------------------------------------------------
+def build(cfg):
+    codes = None
+    if cfg.bottleneck == "vq":
+        codes = VQ(cfg.codes, cfg.code_width)
+    elif cfg.bottleneck == "fsq":
+        codes = FSQ(cfg.levels)
+    return VAE(cfg.widths, cfg.blocks, cfg.z_channels, cfg.attention, cfg.groups, cfg.quant, codes)
+
+def load_vae(state):
+    """The VAE of a vae.pt, or of a diffusion.pt, which carries it along, frozen."""
+    vae = build(argparse.Namespace(**state.get("vae_config", state["config"])))
+    vae.load_state_dict(state["vae"])
+    return vae.to(memory_format=torch.channels_last).requires_grad_(False)  # faster on CPUs
+
+def read_weights(path):
+    """A published file -> its tensors by name; a checkpoint of ours is returned whole"""
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file     # pip install safetensors
+        state = load_file(path)
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's checkpoints hold one
+            state = load_checkpoint(path)
+    if "config" in state:
+        return state
+    for part in ("state_dict", "ema", "model"):
+        if isinstance(state.get(part), dict):
+            state = state[part]
+    # DistributedDataParallel and torch.compile put a word before every name
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor.float()
+            for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+OLDER = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
+         (".proj_attn.", ".to_out.0.")]             # names before diffusers 0.18
+
+def read_vae(path):
+    """A vae.pt, or diffusers' AutoencoderKL, a folder or a file beside its config.json -> what a
+    vae.pt says. Norm groups, scale and shift are in the config, the shape is in the tensors."""
+    if os.path.isdir(path):
+        files = sorted(glob.glob(f"{glob.escape(path)}/diffusion_pytorch_model.*[bs]*"))
+        path = files[-1] if files else f"{path}/diffusion_pytorch_model.safetensors"
+    weights = read_weights(path)
+    if "config" in weights:
+        return weights
+    for old, new in OLDER:
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
+    if "decoder.conv_in.weight" not in weights:
+        sys.exit(f"error: {path} holds no KL autoencoder: there is no decoder.conv_in.weight")
+    file = Path(path).with_name("config.json")
+    if not file.exists():
+        sys.exit(f"error: no config.json beside {path}: it alone says the number of norm groups")
+    about = json.loads(file.read_text(encoding="utf-8"))
+    resnets = [name for name in sorted(weights) if re.match(r"encoder.down.*conv1.bias", name)]
+    config = {
+        "widths": [len(weights[name]) for name in resnets if ".resnets.0." in name],
+        "blocks": sum(".down_blocks.0." in name for name in resnets),
+        "z_channels": weights["decoder.conv_in.weight"].shape[1],
+        "attention": "encoder.mid_block.attentions.0.to_q.weight" in weights,
+        "groups": about.get("norm_num_groups", 32),
+        "quant": "quant_conv.weight" in weights,
+        "bottleneck": "kl", "codes": 0, "code_width": 1, "levels": 0,
+    }
+    with torch.device("meta"):
+        expected = build(argparse.Namespace(**config)).state_dict()
+    differing = sorted({*weights} ^ {*expected})
+    if differing:
+        sys.exit(f"error: {path} is no AutoencoderKL with attention in the middle: {differing[0]}")
+    return {"vae": weights, "config": config, "step": 0, "shift": about.get("shift_factor") or 0.0,
+            "scale": about.get("scaling_factor") or 0.18215}            # diffusers' default
+
+def export(state, folder):
+    """Write a vae.pt's VAE as diffusers' AutoencoderKL.from_pretrained reads it."""
+    cfg = argparse.Namespace(**state["config"])
+    if cfg.bottleneck != "kl":
+        sys.exit(f"error: diffusers' layout has no place for a bottleneck of {cfg.bottleneck}")
+    levels = len(cfg.widths)
+    config = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": cfg.widths, "layers_per_block": cfg.blocks,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "latent_channels": cfg.z_channels, "mid_block_add_attention": cfg.attention,
+        "norm_num_groups": cfg.groups or groups_for(cfg.widths),
+        "use_quant_conv": cfg.quant, "use_post_quant_conv": cfg.quant,
+        "scaling_factor": state["scale"] or 1 / state["figures"]["z_std"],
+        "shift_factor": state["shift"],
+    }
+    os.makedirs(folder)
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    torch.save(state["vae"], f"{folder}/diffusion_pytorch_model.bin")
+
+# ---- training ----------------------------------------------------------------------------------
+def cosine(progress):
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 def main(argv=None):
-    given, rank, world = data.flags(globals(), argv), data.RANK, data.WORLD
-    if {"eval", "png", "export"} & given.keys():
-        return assess(given)
-    out = given.setdefault("out", data.folder_of(given.get("data", DATA)))
-    state = None if given.get("bench") else data.begin(f"{out}/vae.pt", given, "vae.py")
-    init = open_vae(given["init"]) if "init" in given and not state else None
-    shape = {"config": {k: v for k, v in init["config"].items() if k in SHAPE}} if init else None
-    cfg = data.settings(globals(), given, given.get("data", DATA), state or shape)
-    device, autocast = data.start(cfg)
-    micro, steps = data.share(cfg, world)
-    batch, factor = micro * steps * world, 2 ** (len(cfg.widths) - 1)
-    if cfg.size % factor or (cfg.bottleneck == "vq" and cfg.z_channels % cfg.code_width):
-        raise SystemExit(f"error: --size must be a multiple of {factor}, and --z-channels of --code-width")
+    cfg, state = settings(argv)
+    rank, world, device, autocast, compiled = setup(cfg)
+    path = f"{cfg.out}/vae.pt"
 
-    # images
-    if cfg.bench:
-        pixels = torch.randint(256, (256, 3, cfg.size, cfg.size), dtype=torch.uint8)
-        train, cfg.max_steps, cfg.log_every = data.Images(range(1000), range(256), cfg.size, pixels), 20, 1
-    else:
-        os.makedirs(out, exist_ok=True)
-        train, val = data.load(cfg.data, cfg.data_dir, cfg.size, state and state["config"]["classes"])
-        cfg.classes, counts = train.classes, np.bincount(train.labels)
-        print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images, {counts.min():,} to "
-              f"{counts.max():,} in each of {len(counts):,} classes, like {', '.join(train.classes[:10])}")
-
-    # both players
-    torch.manual_seed(cfg.seed)
-    vae, disc = build(cfg).to(device), Discriminator(cfg.size, cfg.disc_width).to(device)
+    # instead of training
+    if cfg.export:
+        return export(state, cfg.export)
     perceptual = Perceptual().to(device) if cfg.perceptual_weight else None
-    vae_opt = torch.optim.AdamW(vae.parameters(), cfg.lr, BETAS, weight_decay=0.0, fused=True)
-    disc_opt = torch.optim.AdamW(disc.parameters(), cfg.disc_lr, BETAS, weight_decay=0.0, fused=True)
-    trained = {"vae": vae, "disc": disc, "vae_opt": vae_opt, "disc_opt": disc_opt}
-    if state or init:
-        data.restore(trained if state else {"vae": vae}, state or init)
-    if cfg.train_only:
-        vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
-    start, side = state["step"] if state else 0, cfg.size // factor
-    z_shape, summed = (batch, cfg.z_channels, side, side), cfg.kl_weight * 3 * factor ** 2 / cfg.z_channels
-    kl = f" of weight {cfg.kl_weight:g} per element ({summed:.3g} of sums)" if cfg.bottleneck == "kl" else ""
-    n, m = (sum(p.numel() for p in net.parameters()) for net in (vae, disc))
-    print(f"VAE of {n:,} and discriminator of {m:,} parameters, latents {list(z_shape[1:])}, {cfg.bottleneck}"
-          f"{kl}; {cfg.max_steps:,} updates of {world} x {steps} x {micro}, {device}{', bf16' * cfg.bf16}")
+    if cfg.eval:
+        _, val = data.load(cfg.data, cfg.size)
+        vae = load_vae(state).to(device)
+        for name in ("real", "recon") if cfg.png else ():
+            os.makedirs(f"{cfg.png}/{name}")
+        autocast = torch.autocast(device.type, enabled=False)       # float32, as in papers
+        figures, _ = evaluate(vae, val, len(val), cfg, device, autocast, perceptual)
+        return print(f"{len(val):,} images:", *(f"{name} {figures[name]:.4f}" for name in figures))
+
+    # images; weights that are only to be converted take none
+    micro, steps = share_out(cfg, world)
+    train, val = data.load(cfg.data, cfg.size) if cfg.max_steps > 0 else (None, None)
+
+    # both players; the betas' short memory suits a moving target
+    torch.manual_seed(cfg.seed)
+    vae = build(cfg).to(device)
+    disc = Discriminator(cfg.size, cfg.disc_width).to(device)
+    if cfg.train_only == "decoder":
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    vae_opt = torch.optim.AdamW(vae.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+    disc_opt = torch.optim.AdamW(disc.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+
+    # where it starts, or goes on
+    start = 0
+    latents = {"scale": None, "shift": 0.0}         # None: measured when the latents are made
+    if state is not None:
+        vae.load_state_dict(state["vae"])
+        if cfg.resume or cfg.train_only or cfg.max_steps == 0:      # the latents stay
+            latents = {name: state[name] for name in latents}
+    if cfg.resume:
+        disc.load_state_dict(state["disc"])
+        vae_opt.load_state_dict(state["vae_opt"])
+        disc_opt.load_state_dict(state["disc_opt"])
+        start = state["step"]
+    os.makedirs(cfg.out, exist_ok=True)
+    figures = {}
+
+    config = {name: value for name, value in vars(cfg).items() if name not in CALL}
+
+    def save(step):
+        save_checkpoint(path, {
+            "vae": vae.state_dict(), "disc": disc.state_dict(), "vae_opt": vae_opt.state_dict(),
+            "disc_opt": disc_opt.state_dict(), "step": step, "config": config,
+            "figures": figures, **latents})
+
+    if cfg.max_steps == 0:
+        save(0)
+        return print(f"{path}: the weights of {cfg.init}")
+
+    side = cfg.size // vae.factor
+    summed = cfg.kl_weight * 3 * vae.factor ** 2 / cfg.z_channels
+    print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images of "
+          f"{len(train.classes):,} classes, like {', '.join(train.classes[:5])}")
+    print(f"VAE of {sum(p.numel() for p in vae.parameters()):,} parameters on {device}, latents "
+          f"{cfg.z_channels} x {side} x {side}; {world} x {steps} x {micro} images an update; "
+          f"KL weight {cfg.kl_weight:g} by element, {summed:.3g} for sums over an image")
+    rows = data.micro_batches(len(train), micro, start * steps, rank, world, cfg.seed)
+    batches = data.prefetch(train.__getitem__, rows, cfg.workers)
     if cfg.grad_checkpoint:
         recompute(vae, ResBlock)
-    if cfg.compile:
-        layout = {"force_layout_optimization": device.type == "cuda"}     # on an H200 123, else 108 images/s
-        vae.compile(dynamic=False, options=layout), disc.compile(dynamic=False, options=layout)     # in place
+    if compiled:                                    # in place: the names of the weights stay
+        vae.compile(dynamic=False, options={"force_layout_optimization": device.type == "cuda"})
+        disc.compile(dynamic=False)
+    def validate(step):
+        figures, picture = evaluate(vae, val, 1000, cfg, device, autocast, perceptual)
+        picture.save(f"{cfg.out}/recon_{step:06d}.png")
+        return figures
 
-    log = Log("" if cfg.bench else f"{out}/vae.csv", start, cfg.max_steps)
-    if not cfg.bench:
-        data.catch_signals()
-        with log.pause():
-            log.values |= evaluate(vae, val, cfg, start, device, autocast, perceptual)      # where it starts
-    plan = data.schedule(len(train), micro, steps, start, cfg.max_steps, rank, world, cfg.seed)
-    batches = data.feed(train, plan, device, cfg.workers)
+    if rank == 0:
+        figures = validate(start)
+        log = Log(f"{cfg.out}/vae.csv", start, cfg.max_steps)
+    caught = catch_signals()
+    clock = time.time()
+    logged = start
     for step in range(start, cfg.max_steps):
         # learning rates and warmups
         progress = step / cfg.max_steps
-        vae_opt.param_groups[0]["lr"] = cosine(cfg.lr, cfg.lr_min, progress)
-        disc_opt.param_groups[0]["lr"] = cosine(cfg.disc_lr, cfg.disc_lr_min, progress)
-        weights = {"pixel": 1.0, "kl": cfg.kl_weight * min(1, progress / max(cfg.kl_warmup, 1e-9)),
-                   "adv": cfg.adv_weight * min(1, progress / max(cfg.adv_warmup, 1e-9)),
-                   "fm": cfg.fm_weight, "perceptual": cfg.perceptual_weight, "vq": 1.0}
+        vae_opt.param_groups[0]["lr"] = cfg.lr * cosine(progress)
+        disc_opt.param_groups[0]["lr"] = cfg.disc_lr * cosine(progress)
+        kl_warmup = min(1.0, progress / cfg.kl_warmup) if cfg.kl_warmup else 1.0
+        adv_warmup = min(1.0, progress / cfg.adv_warmup) if cfg.adv_warmup else 1.0
+        weights = {"pixel": 1.0, "kl": cfg.kl_weight * kl_warmup, "vq": 1.0, "fm": cfg.fm_weight,
+                   "adv": cfg.adv_weight * adv_warmup, "perceptual": cfg.perceptual_weight}
 
-        # all noise of the update at once, by row: the same for any number of processes and micro-steps
-        source = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
-        flips = torch.rand(batch, 1, 1, 1, device=device, generator=source) < 0.5 * train.flip
-        noise = torch.randn(z_shape, device=device, generator=source)
+        # all noise of an update at once, by (seed, step), of which each process takes its rows: the
+        # same update for any number of processes and micro-steps, and after resuming
+        source = generator(device, cfg.seed, step)
+        shape = (steps, world, micro, cfg.z_channels, side, side)
+        noise = torch.randn(shape, device=device, generator=source)[:, rank]
+        mirrored = torch.rand(shape[:3], device=device, generator=source)[:, rank] < 0.5
 
-        # micro-steps: one forward of the VAE serves both players
-        sums = 0
+        sums = 0.0
+        taken = 0                                   # how often each code is
         for k in range(steps):
-            rows = slice((k * world + rank) * micro, (k * world + rank + 1) * micro)
-            x = data.to_float(next(batches)[0])
-            x = torch.where(flips[rows], x.flip(3), x)
-            names, values = micro_step(vae, disc, perceptual, x, noise[rows], weights, cfg, steps, autocast)
-            sums = sums + values / steps
+            pixels, _ = next(batches)
+            x = data.to_float(pixels.to(device))
+            if train.mirror:
+                x = torch.where(mirrored[k, :, None, None, None], x.flip(3), x)
 
-        # clip, step
-        norms, unsound = update([(vae, vae_opt), (disc, disc_opt)], cfg.clip)
+            # the discriminator's turn; one forward pass of the VAE serves both players
+            with autocast:
+                recon, mean, logvar = vae(x, noise[k])
+                logits, features = disc(torch.cat([x, recon.detach()]))
+            real, fake = logits.chunk(2)
+            disc_loss = discriminator_loss(real, fake, cfg.gan_loss)
+            (disc_loss / steps).backward()
+
+            # the VAE's turn: the discriminator is frozen
+            disc.requires_grad_(False)
+            with autocast:
+                logits, fakes = disc(recon)
+            reals = [feature[:len(x)].detach() for feature in features]
+            losses = {"pixel": pixel_loss(recon, x, cfg.l1_weight),
+                      "adv": generator_loss(logits, cfg.gan_loss),
+                      "fm": feature_loss(fakes, reals)}
+            if cfg.bottleneck == "kl":
+                losses["kl"] = kl_loss(mean, logvar)
+            elif cfg.bottleneck == "vq":
+                losses["vq"] = vae.codes.loss(mean)
+                taken = taken + vae.codes.indices(mean).flatten().bincount(minlength=cfg.codes)
+            if perceptual is not None:
+                with autocast:
+                    losses["perceptual"] = perceptual(recon, x)
+            loss = sum(weights[name] * losses[name] for name in losses)
+            (loss / steps).backward()
+            disc.requires_grad_(True)
+
+            scalars = {**losses, "loss": loss, "disc": disc_loss, "real": real.mean(),
+                       "fake": fake.mean()}
+            sums = sums + torch.stack(list(scalars.values())).detach() / (steps * world)
+
+        # update
+        norms = {}
+        for name, model, opt in (("vae", vae, vae_opt), ("disc", disc, disc_opt)):
+            average_gradients(model)
+            norms[name] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            opt.step()
+            opt.zero_grad()
         if cfg.bottleneck == "vq":
-            vae.codes.restart(source)
-        log.skipped, log.streak = log.skipped + unsound, (log.streak + 1) * unsound
+            vae.codes.restart(total(taken), source)
 
-        # checkpoint, validation, picture
-        step, stop = step + 1, data.stop_asked()                        # updates done
-        due = not cfg.bench and (step % cfg.eval_every == 0 or step == cfg.max_steps)
-        with log.pause():
-            if due or stop:
-                data.save_checkpoint(f"{out}/vae.pt", "vae.py", cfg, step, trained)
-            if due:
-                log.values |= evaluate(vae, val, cfg, step, device, autocast, perceptual)
+        # what is due: all processes must agree on it
+        done = step + 1
+        stop = total(torch.tensor(len(caught))) > 0
+        log_due = done % cfg.log_every == 0 or done == cfg.max_steps
+        save_due = done % cfg.eval_every == 0 or done == cfg.max_steps
+        if (log_due or save_due or stop) and not sum(norms.values()).isfinite():
+            sys.exit("error: the loss is not finite: --resume with a lower --lr, or --no-bf16")
+
+        # validation, picture, checkpoint
+        if rank == 0 and (save_due or stop):
+            began = time.time()
+            if save_due:
+                figures = validate(done)
+            save(done)
+            clock += time.time() - began            # does not count in images/s
+        if stop:
+            wait()                                  # the first process may be saving
+            sys.exit(f"stopped, and saved update {done:,} to {path}: go on with --resume")
 
         # log
-        if step % cfg.log_every == 0 or step == cfg.max_steps:
-            terms = dict(zip(names, (data.total(sums) / world).tolist()))
-            for name in [name for name in weights if name in terms]:
-                terms[f"{name}_share"] = weights[name] * terms[name] / terms["loss"]
-            log.row(step, batch, ("pixel", "kl", "vq", "adv", "fm", "disc", "val_psnr"), **terms,
-                    vae_norm=norms[0].item(), disc_norm=norms[1].item(), lr=vae_opt.param_groups[0]["lr"])
-        if stop:
-            data.leave(stop, f"saved at step {step:,}; go on with --resume")
-    if cfg.bench:
-        return report(log.seconds, batch, one_image, cfg, device)
-    print(f"{out}/vae.pt: " + ", ".join(f"{k} {v:.4g}" for k, v in log.values.items() if "val_" in k))
+        if log_due:
+            means = dict(zip(scalars, total(sums).tolist()))
+            shares = {f"{name}_share": weights[name] * means[name] / means["loss"]
+                      for name in losses}
+            row = {"step": done, **means, **shares, "lr": cfg.lr * cosine(progress), **figures}
+            row |= {f"{name}_norm": value.item() for name, value in norms.items()}
+            row["seconds"] = (time.time() - clock) / (done - logged)
+            row["images/s"] = cfg.batch_size / row["seconds"]
+            clock = time.time()
+            logged = done
+            if rank == 0:
+                log.write(row, ["pixel", "kl", "vq", "adv", "fm", "disc", "val_psnr", "images/s"])
+
+    print(f"{path}:", *(f"{name} {value:.4g}" for name, value in figures.items()))
+    if world > 1:
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
-    data.guard(main)
+    main()
