@@ -10,6 +10,7 @@ import glob
 import itertools
 import os
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,12 +99,12 @@ class Shapes:
         place = "" if "" in (row, column) else PLACES[3 * row + column]
         size = name_of(2 * u[0], ["small", "large"])
         words = [size, name_of(8 * u[4] + 0.5, COLOURS), self.classes[self.targets[i]], place]
-        for k, instead in enumerate(["", "", "shape", ""]):
-            if u[8 + k] < 0.1:
-                words[k] = instead
+        instead = ["", "", "shape", ""]
+        words = [words[k] if u[8 + k] >= 0.1 else instead[k] for k in range(4)]
         return " ".join(word for word in ["a", *words] if word)
 
 # ---- CIFAR-10, and folders ----------------------------------------------------------------------
+warnings.filterwarnings("ignore", module="PIL")     # of harmless flaws
 SUFFIXES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
 
 def read_image(path):
@@ -114,8 +115,7 @@ def read_image(path):
         top = {"I": 65535, "F": 1 if grey.max() <= 1 else 255}[image.mode[0]]
         image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def center_crop(image, size):
@@ -160,13 +160,13 @@ class Folder:
                 try:
                     return center_crop(read_image(self.paths[i]), self.size), label
                 except Exception as error:          # a damaged file may raise anything
+                    if i not in self.unreadable:    # by another thread
+                        sys.stderr.write(f"unreadable, replaced: {self.paths[i]}: {error!r}\n")
                     self.unreadable.add(i)
-                    print(f"unreadable, so replaced: {self.paths[i]}: {error!r}", file=sys.stderr)
             same = np.flatnonzero((self.targets == label) | self.held_out)
-            readable = [k for k in same if k not in self.unreadable]
-            if not readable:
+            i = next((k for k in same if k not in self.unreadable), None)
+            if i is None:
                 sys.exit(f"error: no image of the class {self.classes[label]} can be read")
-            i = readable[0]
 
     def caption(self, i):
         """The first line of the .txt beside an image, or the name of its class."""
@@ -178,7 +178,7 @@ def find_images(folder):
     """<class>/* in a folder, or images alone -> paths, targets, classes; says what is left out"""
     found = sorted(glob.glob("**", root_dir=folder, recursive=True))        # no hidden ones
     images = [path for path in found if path.lower().endswith(SUFFIXES)]
-    images = [path for path in images if os.sep in path] or images
+    images = [path for path in images if os.sep in path] or images          # or without classes
     if not images:
         sys.exit(f"error: no images in {folder}: expected DIR/train/<class>/*, or DIR/<class>/*")
     folders = {os.path.dirname(path) for path in images}

@@ -127,7 +127,7 @@ def settings(argv=None):
             found = newest("vae.pt")
         state = load_checkpoint(found)
         saved = {name: state["config"][name] for name in ("data", "size", "preset")}
-        print(f"taking the VAE of {found}")
+        print(f"taking the VAE of {found!r}")
     folder = os.path.dirname(found) or "."
     parser.set_defaults(**PRESETS[cfg.preset or saved["preset"]])
     if cfg.objective in PUBLISHED:
@@ -136,6 +136,8 @@ def settings(argv=None):
     parser.set_defaults(**{"latents": folder, **saved})
     cfg = parser.parse_args(argv)
     cfg.out = cfg.out or folder
+    if not os.path.isdir(cfg.latents):              # the run has moved
+        cfg.latents = folder
     cfg.times_shift = cfg.times_shift or (2.0 if cfg.condition == "text" else 1.0)
     if not cfg.resume and not cfg.overwrite and os.path.exists(f"{cfg.out}/diffusion.pt"):
         sys.exit(f"error: {cfg.out}/diffusion.pt exists: --resume, --overwrite, or another --out")
@@ -156,17 +158,17 @@ def path(objective, t):
     if objective in ("flow", "sit"):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if objective == "ddpm":
-        angle = ddpm_angles().to(t.device)[(1000 * t).round().long()]
+        angle = ddpm_angles(t.device)[(1000 * t).round().long()]
     else:
         angle = t * (math.pi / 2)
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
 
 @functools.cache
-def ddpm_angles():
+def ddpm_angles(device):
     """The angle after 0 to 1000 steps of betas from 1e-4 to 0.02: cos(angle)^2 = prod(1 - beta)."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)
     cosines = (1 - betas).cumprod(0).sqrt()
-    return F.pad(cosines.arccos(), (1, 0)).float()
+    return F.pad(cosines.arccos(), (1, 0)).float().to(device)
 
 def first_time(objective):
     """Where sampling starts; at t = 1 eps would divide by a = 0."""
@@ -225,7 +227,8 @@ def sample(model, objective, noise, y, null, steps, scale, churn=0.0, interval=(
         x0 = db * x - b * v
         e = a * v - da * x
         if churn > 0:
-            kept = (a * b_s / (a_s * b)).clamp_min(0) ** churn      # cos(pi / 2) is below 0
+            # what DDPM keeps of e; cos(pi / 2) is a little below 0
+            kept = (a * b_s / (a_s * b)).clamp_min(0) ** churn
             e = kept * e + (1 - kept ** 2).sqrt() * noise()
         elif extrapolate:
             now = x0
@@ -636,14 +639,16 @@ def main(argv=None):
     shift = state["shift"]
     prompts = []
     if cfg.init:
-        weights, cfg.dit, side, names = read_published(cfg.init)
-        classes = names
+        weights, cfg.dit, side, published = read_published(cfg.init)
+        classes = published
         cfg.model = "dit"
         if cfg.max_steps == 0:
             cfg.size = side * vae.factor
     if compiled and cfg.model == "dit" and micro == 1:
         sys.exit("error: torch.compile drops gradients of a DiT with a micro-batch of 1 (pytorch "
                  "#193061): give --micro-batch 2 or --no-compile")
+    if cfg.size % vae.factor > 0:
+        sys.exit(f"error: --size must be a multiple of {vae.factor}")
     side = cfg.size // vae.factor
     shape = (vae.z_channels, side, side)
 
@@ -654,10 +659,10 @@ def main(argv=None):
         labels = torch.as_tensor(train.targets)
         if text:
             captions = [train.caption(i) for i in range(len(train))]
-            prompts = [val.caption(i) for i in range(min(1000, len(val)))]
+            prompts = [val.caption(i) for i in data.shuffled(len(val), 0, 0)[:1000]]
             labels = tokenize(captions)
-            found = sum(caption != classes[y] for caption, y in zip(captions, train.targets))
-            print(f"captions beside {found:,} of {len(train):,} images, else the class's name; "
+            beside = sum(caption != classes[y] for caption, y in zip(captions, train.targets))
+            print(f"captions beside {beside:,} of {len(train):,} images, else the class's name; "
                   f"{WORDS} words of each are read")
     null = tokenize([""]) if text else torch.tensor([len(classes)])
     null = null.to(device)
@@ -666,7 +671,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     model = build(cfg, *shape[:2], len(classes)).to(device)
     if cfg.init and not cfg.resume:
-        if text or len(names) != len(classes):
+        if text or len(published) != len(classes):
             # what knows of classes or words starts anew
             weights |= {name: tensor for name, tensor in model.state_dict().items()
                         if name.startswith("y_embedder.") or ".cross." in name}
@@ -713,7 +718,6 @@ def main(argv=None):
     views = 2 if train.mirror and not text else 1               # captions know left from right
     latents_path = f"{cfg.latents}/{latents_file(vae, train, views, cfg)}"
     if not os.path.exists(latents_path):
-        os.makedirs(cfg.latents, exist_ok=True)
         encode = torch.compile(vae.encode, dynamic=False) if compiled else vae.encode
         make_latents(latents_path, (len(train), views, 2, *shape), encode, train, device,
                      autocast, cfg.workers, rank, world)
@@ -749,7 +753,7 @@ def main(argv=None):
         split = (steps, world, micro)
         z_noise, e = torch.randn(2, *split, *shape, device=device, generator=source)[:, :, rank]
         t = draw_times(cfg.batch_size, cfg, source).view(split)[:, rank]
-        dropped = torch.rand(split, device=device, generator=source)[:, rank] < cfg.label_dropout
+        chance = torch.rand(split + (1,) * text, device=device, generator=source)[:, rank]
 
         quarters = torch.zeros(2, 4, device=device)                 # of t: sum of losses, count
         for k in range(steps):
@@ -757,8 +761,7 @@ def main(argv=None):
             mean, logvar = moments.to(device).float().unbind(dim=1)
             z = mean + (0.5 * logvar).exp() * z_noise[k]
             x0 = (z - shift) * scale
-            y = y.to(device)
-            y[dropped[k]] = null
+            y = torch.where(chance[k] < cfg.label_dropout, null, y.to(device))
             with autocast:
                 losses = diffusion_loss(model, cfg.objective, x0, e[k], t[k], y)
             (losses.mean() / steps).backward()
@@ -788,15 +791,12 @@ def main(argv=None):
             if save_due and cfg.samples > 0:
                 picture(done)
             clock += time.time() - began            # does not count in images/s
-        if stop:
-            wait()                                  # the first process may be saving
-            sys.exit(f"stopped, and saved update {done:,} to {file}: go on with --resume")
 
         # log
         if log_due:
             sums, counts = total(quarters).tolist()
-            row = {"step": done, "loss": sum(sums) / sum(counts)}
-            row |= {"norm": grad_norm.item(), "lr": lr}
+            row = {"step": done, "loss": sum(sums) / sum(counts), "lr": lr,
+                   "norm": grad_norm.item()}
             for k in range(4):
                 row[f"loss_t{k + 1}/4"] = sums[k] / max(counts[k], 1)
             row["seconds"] = (time.time() - clock) / (done - logged)
@@ -805,6 +805,9 @@ def main(argv=None):
             logged = done
             if rank == 0:
                 log.write(row, ["loss", "norm", "images/s"])
+        if stop:
+            wait()                                  # the first process may be saving
+            sys.exit(f"stopped, and saved update {done:,} to {file}: go on with --resume")
 
     print(f"{file}: {cfg.max_steps:,} updates")
     if world > 1:

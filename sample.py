@@ -40,7 +40,7 @@ def settings(argv=None):
     flag("--churn", type=float, help="noise drawn anew in a step; likewise")
     flag("--interval", type=float, nargs=2, default=[0.0, 1.0], help="guide only while t is within")
     flag("--seed", type=int, default=0, help="image i is a function of (seed, i)")
-    flag("--count", type=int, default=0, help="numbered files instead of a grid, evenly by class")
+    flag("--count", type=int, default=0, help="numbered files instead of a grid, by class in turn")
     flag("--npz", default="", help="with --count: a file of all, arr_0 [n, h, w, 3] and arr_1 [n]")
     flag("--gif", default="", help="a file for the denoising of the grid as an animation")
     flag("--batch-size", type=int, default=64, help="images that a process draws at a time")
@@ -77,13 +77,8 @@ def find_class(word, classes):
 
 def pack(folder, labels, file):
     """Numbered images -> arr_0 uint8 [n, h, w, 3] and arr_1, their labels, as evaluators read"""
-    first = np.asarray(Image.open(f"{folder}/000000.png"))
-    images = np.empty((len(labels), *first.shape), np.uint8)
-    for i in range(len(labels)):
-        images[i] = np.asarray(Image.open(f"{folder}/{i:06d}.png"))
-    with open(f"{file}.part", "wb") as part:
-        np.savez(part, arr_0=images, arr_1=np.array(labels))
-    os.replace(f"{file}.part", file)
+    images = [np.asarray(Image.open(f"{folder}/{i:06d}.png")) for i in range(len(labels))]
+    np.savez(file, arr_0=np.stack(images), arr_1=np.array(labels))
 
 def main(argv=None):
     cfg = settings(argv)
@@ -129,7 +124,7 @@ def main(argv=None):
     code = zlib.crc32(f"{recipe}".encode())
     for weights in [*state["ema"].values(), *vae.decoder.parameters()]:
         code = zlib.crc32(weights.cpu().numpy().tobytes(), code)
-    some += f"_cfg{scale:g}_steps{steps}_seed{cfg.seed}_{code:08x}"
+    some += f"_{state['step']}_cfg{scale:g}_steps{steps}_seed{cfg.seed}_{code:08x}"
     made = f"{os.path.dirname(file) or '.'}/{'samples' if cfg.count else 'grid'}_{some}"
 
     @torch.no_grad()

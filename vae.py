@@ -149,14 +149,14 @@ def setup(cfg):
     if not 0 <= cfg.seed < 2 ** 64:
         sys.exit("error: --seed must be from 0 to 2^64 - 1")
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # folders have any name
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # folders have any name
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu" and sys.platform == "linux":
@@ -166,7 +166,7 @@ def setup(cfg):
         libc.mallopt(-1, -1)                        # M_TRIM_THRESHOLD: never give back
     on_gpu = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    bf16 = on_gpu or on_cpu if cfg.bf16 is None else cfg.bf16
+    bf16 = (on_gpu or on_cpu) if cfg.bf16 is None else cfg.bf16
     # no cache: under --grad-checkpoint it would hold a second copy of the weights
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
@@ -634,7 +634,7 @@ def read_weights(path):
     else:
         with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's checkpoints hold one
             state = load_checkpoint(path)
-    if "config" in state:
+    if "vae" in state:
         return state
     for part in ("state_dict", "ema", "model"):
         if isinstance(state.get(part), dict):
@@ -653,7 +653,7 @@ def read_vae(path):
         files = sorted(glob.glob(f"{glob.escape(path)}/diffusion_pytorch_model.*[bs]*"))
         path = files[-1] if files else f"{path}/diffusion_pytorch_model.safetensors"
     weights = read_weights(path)
-    if "config" in weights:
+    if "vae" in weights:
         return weights
     for old, new in OLDER:
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
@@ -724,21 +724,21 @@ def main(argv=None):
             os.makedirs(f"{cfg.png}/{name}")
         autocast = torch.autocast(device.type, enabled=False)       # float32, as in papers
         figures, _ = evaluate(vae, val, len(val), cfg, device, autocast, perceptual)
-        return print(f"{len(val):,} images:", *(f"{name} {figures[name]:.4f}" for name in figures))
+        figures = [f"{name} {value:.4f}" for name, value in figures.items()]
+        return print(f"{cfg.data}, {len(val):,} images:", *figures)
 
-    # images; weights that are only to be converted take none
+    # images and both players; the betas' short memory suits a moving target
     micro, steps = share_out(cfg, world)
     train, val = data.load(cfg.data, cfg.size) if cfg.max_steps > 0 else (None, None)
-
-    # both players; the betas' short memory suits a moving target
     torch.manual_seed(cfg.seed)
     vae = build(cfg).to(device)
     disc = Discriminator(cfg.size, cfg.disc_width).to(device)
     if cfg.train_only == "decoder":
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    vae_opt = torch.optim.AdamW(vae.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
-    disc_opt = torch.optim.AdamW(disc.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+    adamw = functools.partial(torch.optim.AdamW, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+    vae_opt = adamw(vae.parameters())
+    disc_opt = adamw(disc.parameters())
 
     # where it starts, or goes on
     start = 0
@@ -764,14 +764,14 @@ def main(argv=None):
             "figures": figures, **latents})
 
     if cfg.max_steps == 0:
-        save(0)
+        save(start)
         return print(f"{path}: the weights of {cfg.init}")
 
     side = cfg.size // vae.factor
     summed = cfg.kl_weight * 3 * vae.factor ** 2 / cfg.z_channels
     print(f"{cfg.data}: {len(train):,} training and {len(val):,} validation images of "
           f"{len(train.classes):,} classes, like {', '.join(train.classes[:5])}")
-    print(f"VAE of {sum(p.numel() for p in vae.parameters()):,} parameters on {device}, latents "
+    print(f"{path}: {sum(p.numel() for p in vae.parameters()):,} parameters on {device}, latents "
           f"{cfg.z_channels} x {side} x {side}; {world} x {steps} x {micro} images an update; "
           f"KL weight {cfg.kl_weight:g} by element, {summed:.3g} for sums over an image")
     rows = data.micro_batches(len(train), micro, start * steps, rank, world, cfg.seed)
@@ -874,13 +874,10 @@ def main(argv=None):
                 figures = validate(done)
             save(done)
             clock += time.time() - began            # does not count in images/s
-        if stop:
-            wait()                                  # the first process may be saving
-            sys.exit(f"stopped, and saved update {done:,} to {path}: go on with --resume")
 
         # log
         if log_due:
-            means = dict(zip(scalars, total(sums).tolist()))
+            means = dict(zip(scalars, total(sums).tolist()))                # named as in the last
             shares = {f"{name}_share": weights[name] * means[name] / means["loss"]
                       for name in losses}
             row = {"step": done, **means, **shares, "lr": cfg.lr * cosine(progress), **figures}
@@ -891,6 +888,9 @@ def main(argv=None):
             logged = done
             if rank == 0:
                 log.write(row, ["pixel", "kl", "vq", "adv", "fm", "disc", "val_psnr", "images/s"])
+        if stop:
+            wait()                                  # the first process may be saving
+            sys.exit(f"stopped, and saved update {done:,} to {path}: go on with --resume")
 
     print(f"{path}:", *(f"{name} {value:.4g}" for name, value in figures.items()))
     if world > 1:
