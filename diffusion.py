@@ -35,8 +35,7 @@ from vae import (CALL, Attention, Downsample, Log, ResBlock, Upsample, attend,
                  load_vae, newest, norm, read_weights, recompute, save_checkpoint,
                  setup, share_out, total, wait, zeroed)
 
-# ---- settings: the defaults are those of `shapes`; a preset goes over them, and flags over both 
-
+# ---- settings: the defaults are those of `shapes`; over them goes a preset, then flags ----------
 PRESETS = {
     "shapes": {},
     "cifar10": dict(
@@ -711,7 +710,8 @@ def main(argv=None):
 
     os.makedirs(cfg.out, exist_ok=True)
     if cfg.max_steps == 0:
-        save(0)
+        if rank == 0:
+            save(0)
         return print(f"{file}: the weights of {cfg.init}")
 
     # latents

@@ -31,8 +31,7 @@ from torchvision.transforms.functional import normalize
 
 import data
 
-# ---- settings: the defaults are those of `shapes`; a preset goes over them, and flags over both 
-
+# ---- settings: the defaults are those of `shapes`; over them goes a preset, then flags ----------
 PRESETS = {
     "shapes": {},
     "cifar10": dict(
@@ -764,7 +763,8 @@ def main(argv=None):
             "figures": figures, **latents})
 
     if cfg.max_steps == 0:
-        save(start)
+        if rank == 0:
+            save(start)
         return print(f"{path}: the weights of {cfg.init}")
 
     side = cfg.size // vae.factor
