@@ -56,7 +56,7 @@ DIT_SIZES = {               # width, depth, heads
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
+    "XL": (1152, 28, 16)
 }
 
 def settings(argv=None):

@@ -43,7 +43,7 @@ PRESETS = {
     "imagenet": dict(
         size=256, max_steps=130_110, batch_size=128, micro_batch=8, eval_every=1000,
         widths=[128, 256, 512, 512], blocks=2, z_channels=4, attention=True, disc_width=64,
-        l1_weight=0.8, kl_weight=1e-2, lr=1e-4, disc_lr=3e-4, compile=None),
+        l1_weight=0.8, kl_weight=1e-2, lr=1e-4, disc_lr=3e-4, compile=None)
 }
 CALL = ["resume", "overwrite", "out", "init", "eval", "png", "export"]     # not saved with a run
 ARCHITECTURE = ["widths", "blocks", "z_channels", "attention", "groups", "quant", "bottleneck",
@@ -697,7 +697,7 @@ def export(state, folder):
         "norm_num_groups": cfg.groups or groups_for(cfg.widths),
         "use_quant_conv": cfg.quant, "use_post_quant_conv": cfg.quant,
         "scaling_factor": state["scale"] or 1 / state["figures"]["z_std"],
-        "shift_factor": state["shift"],
+        "shift_factor": state["shift"]
     }
     os.makedirs(folder)
     Path(folder, "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
