@@ -39,9 +39,9 @@ SHAPES = {
     "half-disc": lambda x, y: maximum(hypot(x, y - 0.45) - 1, y - 0.45),
     "ring": lambda x, y: (hypot(x, y) - 0.73).abs() - 0.2,
     "square": lambda x, y: box(x, y, 0.8, 0.8),
-    "star": lambda x, y: polygon(x, -y, 5, 0.36).topk(2, dim=0).values[1],      # all edges but one
+    "star": lambda x, y: polygon(x, -y, 5, 0.36).topk(2, dim=0).values[1],  # outside one edge
     "stripes": lambda x, y: maximum(box(x, y, 0.9, 0.9), ((y + 0.3) % 0.6 - 0.3).abs() - 0.17),
-    "triangle": lambda x, y: polygon(x, y - 0.2, 3, 0.53).amax(dim=0),
+    "triangle": lambda x, y: polygon(x, y - 0.2, 3, 0.53).amax(dim=0)
 }
 COLOURS = ["red", "gold", "lime", "green", "cyan", "blue", "purple", "pink", "red"]    # by hue
 PLACES = ["at the top left", "at the top", "at the top right", "on the left", "in the middle",
@@ -145,7 +145,7 @@ class Folder:
     targets: np.ndarray                 # indices into `classes`
     classes: list
     size: int
-    held_out: bool = False              # of such images any may stand in for any
+    held_out: bool = False              # then an image of any class replaces an unreadable one
     mirror: bool = True
     unreadable: set = dataclasses.field(default_factory=set)
 
@@ -153,7 +153,7 @@ class Folder:
         return len(self.paths)
 
     def __getitem__(self, i):
-        """An unreadable image is named once, and a readable one of its class replaces it."""
+        """An unreadable image is named once, and another of its class (or any) replaces it."""
         label = self.targets[i]
         while True:
             if i not in self.unreadable:

@@ -48,7 +48,7 @@ PRESETS = {
     "imagenet": dict(
         max_steps=400_000, batch_size=256, micro_batch=64, eval_every=5000, model="dit", dit="B/2",
         widths=[192, 384, 384], blocks=2, lr=1e-4, lr_end=1e-4, lr_warmup=0, ema=0.9999, cfg=5.0,
-        sample_steps=25, churn=0.0, samples=20, compile=None),
+        sample_steps=25, churn=0.0, samples=20, compile=None)
 }
 PUBLISHED = ("ddpm", "sit")
 DIT_SIZES = {               # width, depth, heads
@@ -226,7 +226,7 @@ def sample(model, objective, noise, y, null, steps, scale, churn=0.0, interval=(
         x0 = db * x - b * v
         e = a * v - da * x
         if churn > 0:
-            # what DDPM keeps of e; cos(pi / 2) is a little below 0
+            # DDPM keeps a / b at t over a / b at s; cos(pi / 2) is a little below 0
             kept = (a * b_s / (a_s * b)).clamp_min(0) ** churn
             e = kept * e + (1 - kept ** 2).sqrt() * noise()
         elif extrapolate:
@@ -250,7 +250,7 @@ class TimestepEmbedder(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):
-        angles = t[:, None].float() * self.frequencies      # bf16 can't tell t = 0.996 from 1
+        angles = t[:, None] * self.frequencies              # float32: bf16 has no t = 0.997
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 class LabelEmbedder(nn.Module):
@@ -537,7 +537,7 @@ def load_run(file, device="cpu"):
 # ---- latents -----------------------------------------------------------------------------------
 def latents_file(vae, train, views, cfg):
     """A name by all that latents depend on, so that no others are taken for them."""
-    kind = type(vae.codes).__name__                 # FSQ bounds the latents
+    kind = type(vae.codes).__name__                 # the quantiser's: FSQ bounds the latents
     digest = hashlib.sha256(f"{cfg.data} {cfg.size} {views} {kind}".encode(errors="replace"))
     for name, tensor in vae.state_dict().items():
         if name.startswith(("encoder.", "quant_conv.")):
@@ -694,12 +694,13 @@ def main(argv=None):
         save_checkpoint(file, {
             "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
             "step": step, "config": config, "vae": vae.state_dict(),
-            "vae_config": state.get("vae_config", state["config"]), "shape": shape,
+            "vae_config": state.get("vae_config", state["config"]),         # of a run, of a VAE
+            "shape": shape,
             "classes": classes, "prompts": prompts, "scale": scale, "shift": shift})
 
     def picture(step):
         known = tokenize(prompts) if text else torch.arange(len(classes))
-        columns = min(10, len(known))
+        columns = min(10, len(known))               # evenly spaced, one a column
         y = known[:: len(known) // columns][torch.arange(cfg.samples) % columns]
         noise = noise_by_row(range(cfg.samples), shape, cfg.seed, device)
         with autocast:
@@ -753,6 +754,7 @@ def main(argv=None):
         split = (steps, world, micro)
         z_noise, e = torch.randn(2, *split, *shape, device=device, generator=source)[:, :, rank]
         t = draw_times(cfg.batch_size, cfg, source).view(split)[:, rank]
+        # of a caption all words are dropped, or none
         chance = torch.rand(split + (1,) * text, device=device, generator=source)[:, rank]
 
         quarters = torch.zeros(2, 4, device=device)                 # of t: sum of losses, count

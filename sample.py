@@ -152,6 +152,7 @@ def main(argv=None):
             print(f"{k + len(rows):,}/{len(todo):,} images")
         wait()
         if cfg.npz and rank == 0:
+            # the labels; of captions their numbers
             pack(made, turns if run.condition == "text" else y[turns].tolist(), cfg.npz)
     else:
         # a grid, one column a class
