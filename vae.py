@@ -753,7 +753,6 @@ def main(argv=None):
         start = state["step"]
     os.makedirs(cfg.out, exist_ok=True)
     figures = {}
-
     config = {name: value for name, value in vars(cfg).items() if name not in CALL}
 
     def save(step):
