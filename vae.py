@@ -780,6 +780,7 @@ def main(argv=None):
     if compiled:                                    # in place; on GPUs channels-last (14%)
         vae.compile(dynamic=False, options={"force_layout_optimization": device.type == "cuda"})
         disc.compile(dynamic=False)
+
     def validate(step):
         figures, picture = evaluate(vae, val, 1000, cfg, device, autocast, perceptual)
         picture.save(f"{cfg.out}/recon_{step:06d}.png")

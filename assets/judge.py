@@ -32,6 +32,7 @@ import sample
 import vae
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16 = DEVICE.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 def conv(c_in, c_out, stride=1):
     layer = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
@@ -42,7 +43,7 @@ def build(photos, answers):
     torch.manual_seed(0)
     if photos:
         body = ResNet(BasicBlock, [1, 1, 1, 1])
-        body.conv1 = nn.Conv2d(3, 64, 3, padding=1)         # the images are small
+        body.conv1 = nn.Conv2d(3, 64, 3, 2, padding=1)      # the images are small
         body.maxpool = nn.Identity()
         body.fc = nn.Identity()
     else:
@@ -56,7 +57,7 @@ def to_32(pixels):
 
 def fit(judge, photos, sizes, pixels, labels):
     """labels [n, questions]; question k has sizes[k] answers, and -100 is none"""
-    steps = (20 if photos else 6) * len(pixels) // 128
+    steps = (5 if photos else 6) * len(pixels) // 128
     opt = torch.optim.AdamW(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps)
     shift = RandomCrop(32, 4, padding_mode="reflect")
@@ -65,14 +66,14 @@ def fit(judge, photos, sizes, pixels, labels):
         x = to_32(pixels[rows])
         if photos:
             x = shift(x.flip(3) if step % 2 else x)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=photos):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=photos and BF16):
             logits = judge(x).float().split(sizes, 1)
         answers = labels[rows].to(DEVICE).unbind(1)
         loss = sum(map(F.cross_entropy, logits, answers))
         loss.backward()
         opt.step()
-        opt.zero_grad()
         schedule.step()
+        opt.zero_grad()
         if step % 100 == 0:
             print(f"judge: step {step:,}/{steps:,}, loss {loss.item():.3f}", flush=True)
 
@@ -88,8 +89,7 @@ def frechet(a, b):
     s = torch.cov(a.T)
     t = torch.cov(b.T)
     root = torch.linalg.eigvals(s @ t).real.clamp(0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + s.trace() + t.trace() - 2 * root).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + s.trace() + t.trace() - 2 * root).item()
 
 def blur(x):
     line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
