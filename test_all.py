@@ -52,7 +52,7 @@ def shapes():
 def images(shapes, tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     for i, pixels in enumerate(shapes.draw(torch.arange(60), 20)):
-        folder = root / ("train" if i < 40 else "val") / ("circle", "cross", "square")[i % 3]
+        folder = root / ("train" if i < 40 else "val") / "circle cross square".split()[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         data.to_image(pixels[:, :, :18]).save(folder / f"{i:03d}.png")
     return root
@@ -67,8 +67,7 @@ def trained(images, tmp_path_factory):
         return Path("out/images").resolve()
 
 @pytest.fixture(autouse=True)
-def place(images, tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, with the images in it."""
+def place(images, tmp_path, monkeypatch):       # every test runs in a folder of its own
     monkeypatch.chdir(tmp_path)
     os.symlink(images, "images")
     torch.manual_seed(0)
@@ -87,8 +86,7 @@ def run(script, *flags):
         words += flag.split() if flag.startswith("--") else [flag]
     script.main(words)
 
-def stopped(function, *args):
-    """The one line with which function(*args) ends the process."""
+def stopped(function, *args):           # the one line with which it ends the process
     with pytest.raises(SystemExit, match="^error: .*$") as caught:
         function(*args)
     return str(caught.value)
@@ -141,8 +139,7 @@ def test_captions_are_true_and_leave_out_one_in_ten_and_borders(column, value, c
     u[0, column] = value
     assert data.Shapes.caption(Namespace(u=u, targets=[0], classes=["circle"]), 0) == caption
 
-def published_crop(image, size):
-    """As in guided-diffusion, Dhariwal and Nichol (2021)."""
+def published_crop(image, size):        # as in guided-diffusion, Dhariwal and Nichol (2021)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -152,8 +149,7 @@ def published_crop(image, size):
 
 @pytest.mark.parametrize("width, height", [(95, 70), (131, 302), (40, 51), (1, 80)])
 def test_crops_are_those_of_published_results(width, height):
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    image = Image.fromarray(noise)
+    image = Image.effect_noise((width, height), 100).convert("RGB")
     cropped = data.center_crop(image, 64).permute(1, 2, 0).numpy()
     assert cropped == approx(published_crop(image, 64), abs=1)
 
@@ -276,7 +272,6 @@ def test_published_vae_has_its_parameters_and_names():
         state = vae.VAE([128, 256, 512, 512], 2, 4, attention=True).state_dict()
     published = {
         "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1),
-        "encoder.down_blocks.2.downsamplers.0.conv.weight": (512, 512, 3, 3),
         "encoder.mid_block.attentions.0.to_out.0.weight": (512, 512), "quant_conv.bias": (8,),
         "decoder.up_blocks.2.upsamplers.0.conv.bias": (256,)}
     assert {name: tuple(state[name].shape) for name in published} == published
@@ -470,12 +465,11 @@ def test_after_a_resume_no_step_stands_twice(own):
     text = log.read_text()
     log.write_text(f"{text}5{text.splitlines()[-1][1:]}\n")     # of after the checkpoint
     run(vae, "--resume --max-steps 6")
-    assert columns(log)["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert columns(log)["step"].tolist() == list(range(1, 7))
 
 def test_evaluation_does_not_count_in_the_pace(monkeypatch):
     with patch.object(vae, "evaluate", wraps=vae.evaluate) as spy:
-        late = Namespace(time=lambda: time.time() + 3600 * spy.call_count)      # each takes an hour
-        monkeypatch.setattr(vae, "time", late)
+        monkeypatch.setattr(vae, "time", Namespace(time=lambda: time.time() + 9e3 * spy.call_count))
         run(vae, *TINY_VAE, "--eval-every 2")
     assert spy.call_count == 3
     assert columns("out/images/vae.csv")["seconds"].max() < 60
@@ -488,6 +482,8 @@ def test_flags_go_over_saved_settings_over_presets_over_defaults(own, monkeypatc
     assert [lr("--data", "shapes"), lr(*small)] == [1e-3, 5]
     assert [lr(*small, "--resume"), lr(*small, "--resume", "--lr", "7")] == [1e-3, 7]
     assert lr("--data", "images", "--out", "new") == vae.PRESETS["imagenet"]["lr"]
+    monkeypatch.setitem(diffusion.PRESETS, "shapes", {"lr": 5.0})
+    assert diffusion.settings(["--resume"])[0].lr == 2.2e-3
 
 def test_a_run_is_not_started_over_by_mistake(own):
     assert "--overwrite" in stopped(run, vae, *TINY_VAE)
@@ -502,7 +498,6 @@ def test_what_cannot_work_ends_in_one_line_before_anything_is_written(flags, adv
     assert advice in stopped(run, vae, *TINY_VAE, flags)
     assert os.listdir() == ["images"]
 
-# ---- helpers for runs ---------------------------------------------------------------------------
 FORK = multiprocessing.get_context("forkserver")        # children of one that has imported torch
 FORK.set_forkserver_preload(["torch", "torchvision"])
 
@@ -578,11 +573,9 @@ def test_loss_is_the_squared_error_of_what_is_learned(objective):
     answer = {"eps": e, "ddpm": e, "sit": -v}.get(objective, v)
     asked = {"ddpm": t - 0.001, "sit": 0.001 - t / 1000}.get(objective, t)
     weight = a.flatten() ** -2 if objective == "eps" else torch.ones(10)
-
     model = Mock(side_effect=[answer, answer + 0.1])
     right = diffusion.diffusion_loss(model, objective, x0, e, t, None)
     wrong = diffusion.diffusion_loss(model, objective, x0, e, t, None)
-
     assert_close(model.call_args.args[1], asked)
     assert_close([right, wrong], [0 * weight, 0.01 * weight], rtol=1e-3, atol=1e-6)
 
@@ -747,7 +740,6 @@ def test_latents_have_a_name_by_all_that_they_depend_on(own):
         Path(file).write_text(text)
         about = Namespace(data="images", size=size, paths=[file])
         return diffusion.latents_file(vae.load_vae(state), about, views, about)
-
     others = {name("encoder."), name("quant_conv."), name(size=32), name(views=1), name(file="b"),
               name(text="xy")}
     assert name() == name("decoder.")
@@ -765,7 +757,6 @@ def test_latents_that_are_there_are_not_made_again():
         make(missing)
     assert not Path("x.npy").exists()
     make(images)
-
     assert [len(call.args[0]) for call in encode.call_args_list] == [32, 32, 6]
     assert np.load("x.npy")[:, 0, 1, 0, 1, 1] == approx(np.arange(70) / 127.5 - 1, abs=1e-3)
 
@@ -775,15 +766,20 @@ def test_scale_makes_latents_unit():
     latents[:, :, 0] = np.random.default_rng(0).normal(1, 2, (4000, 1, 4, 4, 4))
     assert diffusion.measure_scale(latents) == approx(13 ** -0.5, rel=0.01)
 
-def test_an_update_sees_unit_latents_and_the_null_class_as_often_as_set(own, monkeypatch):
+@pytest.mark.parametrize("condition, counts", [
+    ("class", [196, 182, 182, 240]), ("text", [240, 0, 0, 560])])       # of labels; of words
+def test_updates_see_unit_latents_and_drop_whole_labels(condition, counts, own, monkeypatch):
+    monkeypatch.setattr(data.Folder, "caption", lambda *_: "a red ring")
     loss = Mock(wraps=diffusion.diffusion_loss)
     load = Mock(wraps=np.load)
     monkeypatch.setattr(diffusion, "diffusion_loss", loss)
     monkeypatch.setattr(np, "load", load)
-    run(diffusion, *TINY_UNET, "--out new --batch-size 40 --max-steps 20 --label-dropout 0.3")
+    run(diffusion, *TINY_UNET, "--out new --batch-size 40 --max-steps 20 --label-dropout 0.3",
+        "--condition", condition)
     _, _, x0, _, _, y = zip(*[call.args for call in loss.call_args_list])
+    counted = torch.cat(y) if condition == "class" else torch.cat(y).count_nonzero(dim=1)
     assert torch.cat(x0).std().item() == approx(1, abs=0.02)
-    assert torch.cat(y).bincount().tolist() == approx([196, 182, 182, 240], abs=30)
+    assert counted.bincount().tolist() == approx(counts, abs=30)
     load.assert_called_once_with(ANY, mmap_mode="r")    # a private map has to fit into memory
 
 @pytest.fixture
@@ -803,7 +799,6 @@ def test_published_denoiser_needs_no_images(objective, published_dit):
     os.remove("images")
     run(diffusion, "--device cpu --init dit.pt --max-steps 0 --out new --objective", objective)
     run(sample, "--device cpu --class 4 --count 1 --out new")
-
     model, _, state = diffusion.load_run("new/diffusion.pt")
     assert_close(model.state_dict(), published_dit, rtol=0, atol=0)
     assert [state["scale"], state["shift"]] == [0.5, 0.1]
@@ -854,6 +849,12 @@ def test_one_file_is_enough_for_a_grid_and_its_animation(own):
     run(sample, "--device cpu --out . --gif x.gif")
     assert Image.open(next(Path().glob("grid_all_*.png"))).size == (2 + 3 * 18, 2 + 8 * 18)
     assert Image.open("x.gif").n_frames == 4
+
+def test_flags_go_over_what_the_run_says_and_into_the_name(own, capsys):
+    for interval in ("0 1", "0.1 0.8"):
+        run(sample, f"--device cpu --cfg 0 --steps 3 --churn 0 --interval {interval}")
+    assert "cfg 0, 3 steps, churn 0:" in capsys.readouterr().out
+    assert len(list(own.glob("grid_*"))) == 2
 
 VQ = [*TINY_VAE, "--bottleneck vq --codes 16"]
 FSQ = [*TINY_VAE, "--bottleneck fsq --levels 5"]
@@ -968,8 +969,7 @@ def test_documented_commands_are_accepted(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_imports_stand_at_the_top_and_go_one_way(name):
-    tree = ast.parse((HERE / f"{name}.py").read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found = getattr(node, "module", node.names[0].name)
             assert found not in list(SCRIPTS)[list(SCRIPTS).index(name):], node.lineno
