@@ -43,8 +43,8 @@ PRESETS = {
         dit="S/2", objective="v", times="uniform", lr=2e-4, lr_warmup=1000, ema=0.9999, cfg=5.0,
         sample_steps=25, churn=0.0, compile=None),
     "cifar10-small": dict(
-        max_steps=18_000, batch_size=32, eval_every=3000, widths=[96, 96], pointwise=True,
-        lr=2e-3, lr_warmup=200, ema=0.999, cfg=3.0, sample_steps=12, churn=0.0, times_shift=2.0),
+        max_steps=26_400, batch_size=32, eval_every=3300, widths=[128, 128], pointwise=True,
+        lr=1e-3, lr_warmup=200, ema=0.999, cfg=1.75, sample_steps=12, churn=0.0, times_shift=2.0),
     "imagenet": dict(
         max_steps=400_000, batch_size=256, micro_batch=64, eval_every=5000, model="dit", dit="B/2",
         widths=[192, 384, 384], blocks=2, lr=1e-4, lr_end=1e-4, lr_warmup=0, ema=0.9999, cfg=5.0,
