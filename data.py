@@ -236,7 +236,7 @@ def micro_batches(n, size, start, rank, world, seed):
 def prefetch(read, batches, threads):
     """Yield read(row) for all rows of a batch, stacked; threads read two batches ahead."""
     ahead = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:       # Pillow works without the interpreter's lock
+    with ThreadPoolExecutor(max(1, threads)) as pool:       # Pillow lets go of Python's lock
         for rows in batches:
             ahead.append(pool.map(read, rows))
             if len(ahead) > 2:

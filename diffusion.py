@@ -126,7 +126,7 @@ def settings(argv=None):
             found = newest("vae.pt")
         state = load_checkpoint(found)
         saved = {name: state["config"][name] for name in ("data", "size", "preset")}
-        print(f"taking the VAE of {found!r}")
+        print(f"taking the VAE of {found}")
     folder = os.path.dirname(found) or "."
     parser.set_defaults(**PRESETS[cfg.preset or saved["preset"]])
     if cfg.objective in PUBLISHED:
@@ -142,8 +142,8 @@ def settings(argv=None):
         sys.exit(f"error: {cfg.out}/diffusion.pt exists: --resume, --overwrite, or another --out")
     if cfg.init and cfg.objective not in PUBLISHED:
         sys.exit("error: --init takes --objective ddpm, for a DiT, or sit, for a SiT")
-    if not cfg.init and cfg.max_steps == 0:
-        sys.exit("error: --max-steps 0 takes --init")
+    if cfg.max_steps == 0 and (not cfg.init or state["scale"] is None):
+        sys.exit("error: --max-steps 0 takes a published --init and --vae")
     return cfg, state
 
 # ---- the method: path, loss, guidance, sampler -------------------------------------------------
@@ -446,8 +446,8 @@ class FinalLayer(nn.Module):
     def __init__(self, d, out):
         super().__init__()
         self.norm_final = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(d, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.linear = zeroed(nn.Linear(d, out))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(d, 2 * d)))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -480,12 +480,10 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        # every block starts as the identity, and the output as zero
-        zero = [block.adaLN_modulation[1] for block in self.blocks]
-        zero += [block.cross.to_out for block in self.blocks if block.cross is not None]
-        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for layer in zero:
-            zeroed(layer)
+        for block in self.blocks:                   # every block starts as the identity
+            zeroed(block.adaLN_modulation[1])
+            if block.cross is not None:
+                zeroed(block.cross.to_out)
 
     def forward(self, x, t, y):
         b, channels, h, w = x.shape
@@ -536,7 +534,7 @@ def load_run(file, device="cpu"):
 
 # ---- latents -----------------------------------------------------------------------------------
 def latents_file(vae, train, views, cfg):
-    """A name by all that latents depend on, so that no others are taken for them."""
+    """A name by encoder, size, and the images' names and lengths, so that no others are taken."""
     kind = type(vae.codes).__name__                 # the quantiser's: FSQ bounds the latents
     digest = hashlib.sha256(f"{cfg.data} {cfg.size} {views} {kind}".encode(errors="replace"))
     for name, tensor in vae.state_dict().items():
@@ -564,7 +562,7 @@ def make_latents(file, shape, encode, dataset, device, autocast, workers, rank, 
     blocks = [block for block in blocks[rank::world] if not latents[block[-1]].any()]   # still 0
     printed = time.time()
     batches = data.prefetch(dataset.__getitem__, blocks, workers)
-    for done, (block, (pixels, _)) in enumerate(zip(blocks, batches)):
+    for block, (pixels, _) in zip(blocks, batches):
         x = data.to_float(pixels.to(device))
         with autocast:
             moments = [torch.stack(encode(x), dim=1)]
@@ -784,7 +782,7 @@ def main(argv=None):
         log_due = done % cfg.log_every == 0 or done == cfg.max_steps
         save_due = done % cfg.eval_every == 0 or done == cfg.max_steps
         if (log_due or save_due or stop) and not grad_norm.isfinite():
-            sys.exit("error: the loss is not finite: --resume with a lower --lr, or --no-bf16")
+            sys.exit("error: loss not finite: --resume or restart with a lower --lr or --no-bf16")
 
         # checkpoint and picture
         if rank == 0 and (save_due or stop):

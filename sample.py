@@ -78,7 +78,8 @@ def find_class(word, classes):
 def pack(folder, labels, file):
     """Numbered images -> arr_0 uint8 [n, h, w, 3] and arr_1, their labels, as evaluators read"""
     images = [np.asarray(Image.open(f"{folder}/{i:06d}.png")) for i in range(len(labels))]
-    np.savez(file, arr_0=np.stack(images), arr_1=np.array(labels))
+    with open(file, "wb") as whole:                 # savez would add .npz to a name without it
+        np.savez(whole, arr_0=np.stack(images), arr_1=np.array(labels))
 
 def main(argv=None):
     cfg = settings(argv)
@@ -119,7 +120,7 @@ def main(argv=None):
     turns = [i % len(names) for i in range(count)]
 
     # where to: the name has a hash of all that decides on an image
-    recipe = [names, scale, steps, churn, cfg.interval, cfg.seed]
+    recipe = [names, scale, steps, churn, cfg.interval, cfg.seed, cfg.bf16]
     some = re.sub(r"\W+", "-", "-".join(names))[:40] if cfg.prompt or cfg.named else "all"
     code = zlib.crc32(f"{recipe}".encode())
     for weights in [*state["ema"].values(), *vae.decoder.parameters()]:
@@ -164,7 +165,7 @@ def main(argv=None):
         made += ".png"
         pictures[-1].save(made)
         if cfg.gif:
-            pictures[0].save(cfg.gif, save_all=True, append_images=pictures[1:], duration=60,
+            pictures[0].save(cfg.gif, "gif", save_all=True, append_images=pictures[1:], duration=60,
                              loop=0)
 
     print(f"{', '.join(names[:10])}, cfg {scale:g}, {steps} steps, churn {churn:g}: "

@@ -10,7 +10,6 @@ import argparse
 import csv
 import ctypes
 import functools
-import glob
 import json
 import math
 import os
@@ -108,7 +107,7 @@ def settings(argv=None):
     # defaults < preset < what the run saved, or the shape of --init < flags
     cfg = parser.parse_args(argv)
     from_run = cfg.resume or cfg.eval or cfg.export
-    out = cfg.out or os.path.join("out", os.path.basename(os.path.abspath(cfg.data or "shapes")))
+    out = cfg.out or f"out/{os.path.basename(os.path.abspath(cfg.data or 'shapes'))}"
     if from_run and not cfg.init and not cfg.out and not cfg.data:
         out = os.path.dirname(newest("vae.pt"))
     preset = cfg.preset or cfg.data or "shapes"
@@ -124,6 +123,8 @@ def settings(argv=None):
     elif from_run:
         state = load_checkpoint(f"{out}/vae.pt")
         parser.set_defaults(**state["config"])
+    elif cfg.max_steps == 0 or cfg.train_only:
+        sys.exit("error: --max-steps 0 and --train-only take --init")
     cfg = parser.parse_args(argv)
     factor = 2 ** (len(cfg.widths) - 1)
     if cfg.size % factor > 0:
@@ -136,7 +137,7 @@ def settings(argv=None):
 
 # ---- processes, signals, files: what both loops need -------------------------------------------
 def newest(name):
-    found = sorted(glob.glob(f"out/*/{name}"), key=os.path.getmtime)
+    found = sorted(Path("out").glob(f"*/{name}"), key=os.path.getmtime)
     if not found:
         sys.exit(f"error: no out/*/{name} here: train one first, or name its folder with --out")
     return found[-1]
@@ -689,12 +690,11 @@ def export(state, folder):
         sys.exit(f"error: diffusers' layout has no place for a bottleneck of {cfg.bottleneck}")
     levels = len(cfg.widths)
     config = {
-        "_class_name": "AutoencoderKL",
+        "_class_name": "AutoencoderKL", "mid_block_add_attention": cfg.attention,
         "block_out_channels": cfg.widths, "layers_per_block": cfg.blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "latent_channels": cfg.z_channels, "mid_block_add_attention": cfg.attention,
-        "norm_num_groups": cfg.groups or groups_for(cfg.widths),
+        "latent_channels": cfg.z_channels, "norm_num_groups": cfg.groups or groups_for(cfg.widths),
         "use_quant_conv": cfg.quant, "use_post_quant_conv": cfg.quant,
         "scaling_factor": state["scale"] or 1 / state["figures"]["z_std"],
         "shift_factor": state["shift"]
@@ -752,7 +752,7 @@ def main(argv=None):
         disc_opt.load_state_dict(state["disc_opt"])
         start = state["step"]
     os.makedirs(cfg.out, exist_ok=True)
-    figures = {}
+    figures = (state or {}).get("figures", {})
     config = {name: value for name, value in vars(cfg).items() if name not in CALL}
 
     def save(step):
@@ -865,7 +865,7 @@ def main(argv=None):
         log_due = done % cfg.log_every == 0 or done == cfg.max_steps
         save_due = done % cfg.eval_every == 0 or done == cfg.max_steps
         if (log_due or save_due or stop) and not sum(norms.values()).isfinite():
-            sys.exit("error: the loss is not finite: --resume with a lower --lr, or --no-bf16")
+            sys.exit("error: loss not finite: --resume or restart with a lower --lr or --no-bf16")
 
         # validation, picture, checkpoint
         if rank == 0 and (save_due or stop):
