@@ -177,14 +177,14 @@ def velocity(model, objective, x, t, y):
     """The model's estimate of v = da x0 + db e at x [b, c, h, w], t [b], labels y [b]; float32."""
     if objective in ("flow", "v"):
         return model(x, t, y).float()
-    if objective == "sit":                          # whose time runs from noise (0) to data (1)
-        return -model(x, (1 - t) / 1000, y).float()         # and is not multiplied by 1000
-    if objective == "ddpm":                         # which counts its steps from 0
+    if objective == "sit":                          # its time runs from noise (0) to data (1)
+        return -model(x, (1 - t) / 1000, y).float()         # our embedder multiplies by 1000
+    if objective == "ddpm":                         # it counts its steps from 0
         e = model(x, t - 0.001, y).float()
     else:
         e = model(x, t, y).float()
     a, _, da, _ = path(objective, t.view(-1, 1, 1, 1))
-    return (da * x + e) / a                         # x0 = (x - b e) / a, put into v
+    return (da * x + e) / a                         # at x0 = (x - b e) / a, by a db - da b = 1
 
 def diffusion_loss(model, objective, x0, e, t, y):
     """Squared error of the velocity per image [b]. For eps that is the noise's error over a^2: the
@@ -196,17 +196,17 @@ def diffusion_loss(model, objective, x0, e, t, y):
         error = a * error                           # of the noise, as published
     return error.square().mean(dim=(1, 2, 3))
 
-def guided_velocity(model, objective, x, t, y, null, scale):
+def guided_velocity(model, objective, x, t, y, null, w):
     """Classifier-free guidance (Ho and Salimans 2022), both halves in one batch."""
-    if scale == 1:
+    if w == 1:
         return velocity(model, objective, x, t, y)
     both = torch.cat([y, null.expand_as(y)])
     v = velocity(model, objective, torch.cat([x, x]), torch.cat([t, t]), both)
     v_y, v_null = v.chunk(2)
-    return v_null + scale * (v_y - v_null)
+    return v_null + w * (v_y - v_null)
 
 @torch.no_grad()
-def sample(model, objective, noise, y, null, steps, scale, churn=0.0, interval=(0, 1),
+def sample(model, objective, noise, y, null, steps, guidance, churn=0.0, interval=(0, 1),
            extrapolate=True):
     """From noise() [b, c, h, w] to data: yields x after each step, the last is the sample.
 
@@ -221,7 +221,7 @@ def sample(model, objective, noise, y, null, steps, scale, churn=0.0, interval=(
     for t, s in zip(times[:-1], times[1:]):
         a, b, da, db = path(objective, t)
         a_s, b_s, _, _ = path(objective, s)
-        w = scale if interval[0] <= t <= interval[1] else 1.0
+        w = guidance if interval[0] <= t <= interval[1] else 1.0
         v = guided_velocity(model, objective, x, t.expand(len(x)).to(x.device), y, null, w)
         x0 = db * x - b * v
         e = a * v - da * x

@@ -92,7 +92,7 @@ def main(argv=None):
         model.compile(dynamic=False)
         vae.decode = torch.compile(vae.decode, dynamic=False)
     run = argparse.Namespace(**state["config"])
-    scale = run.cfg if cfg.cfg is None else cfg.cfg
+    guidance = run.cfg if cfg.cfg is None else cfg.cfg
     steps = cfg.steps or run.sample_steps
     churn = run.churn if cfg.churn is None else cfg.churn
     print(f"taking {file}: {run.model}, {run.objective}, {state['step']:,} updates")
@@ -120,12 +120,12 @@ def main(argv=None):
     turns = [i % len(names) for i in range(count)]
 
     # where to: the name has a hash of all that decides on an image
-    recipe = [names, scale, steps, churn, cfg.interval, cfg.seed, cfg.bf16]
+    recipe = [names, guidance, steps, churn, cfg.interval, cfg.seed, cfg.bf16]
     some = re.sub(r"\W+", "-", "-".join(names))[:40] if cfg.prompt or cfg.named else "all"
     code = zlib.crc32(f"{recipe}".encode())
     for weights in [*state["ema"].values(), *vae.decoder.parameters()]:
         code = zlib.crc32(weights.cpu().numpy().tobytes(), code)
-    some += f"_{state['step']}_cfg{scale:g}_steps{steps}_seed{cfg.seed}_{code:08x}"
+    some += f"_{state['step']}_cfg{guidance:g}_steps{steps}_seed{cfg.seed}_{code:08x}"
     made = f"{os.path.dirname(file) or '.'}/{'samples' if cfg.count else 'grid'}_{some}"
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ def main(argv=None):
         labels = y[[turns[i] for i in rows]].to(device)
         states = []
         with autocast:
-            for z in diffusion.sample(model, run.objective, noise, labels, null, steps, scale,
+            for z in diffusion.sample(model, run.objective, noise, labels, null, steps, guidance,
                                       churn, cfg.interval):
                 states = (states if cfg.gif else []) + [z]
         return [diffusion.decode(vae, z, state["scale"], state["shift"]).cpu() for z in states]
@@ -168,7 +168,7 @@ def main(argv=None):
             pictures[0].save(cfg.gif, "gif", save_all=True, append_images=pictures[1:], duration=60,
                              loop=0)
 
-    print(f"{', '.join(names[:10])}, cfg {scale:g}, {steps} steps, churn {churn:g}: "
+    print(f"{', '.join(names[:10])}, cfg {guidance:g}, {steps} steps, churn {churn:g}: "
           f"{made} {cfg.npz}{cfg.gif}")
 
 if __name__ == "__main__":

@@ -741,11 +741,11 @@ def main(argv=None):
 
     # where it starts, or goes on
     start = 0
-    latents = {"scale": None, "shift": 0.0}         # None: measured when the latents are made
+    scaling = {"scale": None, "shift": 0.0}         # None: measured when the latents are made
     if state is not None:
         vae.load_state_dict(state["vae"])
         if cfg.resume or cfg.train_only or cfg.max_steps == 0:      # the latents stay
-            latents = {name: state[name] for name in latents}
+            scaling = {name: state[name] for name in scaling}
     if cfg.resume:
         disc.load_state_dict(state["disc"])
         vae_opt.load_state_dict(state["vae_opt"])
@@ -759,7 +759,7 @@ def main(argv=None):
         save_checkpoint(path, {
             "vae": vae.state_dict(), "disc": disc.state_dict(), "vae_opt": vae_opt.state_dict(),
             "disc_opt": disc_opt.state_dict(), "step": step, "config": config,
-            "figures": figures, **latents})
+            "figures": figures, **scaling})
 
     if cfg.max_steps == 0:
         if rank == 0:
