@@ -946,7 +946,7 @@ def test_three_commands_in_a_row():
     (diffusion, "--init x --objective ddpm --max-steps 0", "published --init and --vae"),
     (diffusion, "--model dit --micro-batch 1 --compile", "--micro-batch 2"),
     (sample, "--npz x.npz", "--count"), (sample, "--class unicorn --count 1", "unicorn"),
-    (sample, "--prompt ring", "--condition text")])
+    (sample, "--prompt ring", "--condition text"), (sample, f"--seed {2 ** 64}", "2^64")])
 def test_nonsense_ends_in_a_line_before_anything_is_written(script, flags, words, own):
     next(own.glob("latents_*")).unlink()
     before = sorted(Path().rglob("*"))

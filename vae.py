@@ -764,7 +764,7 @@ def main(argv=None):
     if cfg.max_steps == 0:
         if rank == 0:
             save(start)
-        return print(f"{path}: the weights of {cfg.init}")
+        return print(f"{path}: the weights of {cfg.init or path}")
 
     side = cfg.size // vae.factor
     summed = cfg.kl_weight * 3 * vae.factor ** 2 / cfg.z_channels   # x pixels per latent value
